@@ -25,6 +25,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
+import distributed
 from trajectory import DataError
 
 A = TypeVar("A")
@@ -100,6 +101,9 @@ def cli(main: Callable[[A], Any], cls: type[A]) -> None:
     except DataError as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(2)
+    except distributed.ProcessLost as e:
+        print(f"{Path(sys.argv[0]).name}: {e}; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(3)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -112,13 +116,17 @@ class Run:
         self.dir, self.finished, self._log_to = directory, finished, log_to
 
     def log(self, step: int, metrics: dict) -> None:
-        """Append one line to metrics.jsonl (and the tracker)."""
+        """Append one line to metrics.jsonl (and the tracker); process 0 of several does."""
+        if distributed.rank() > 0:
+            return
         with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as out:
             out.write(json.dumps({"step": step, **metrics}) + "\n")
         self._log_to(metrics, step)
 
     def forget_after(self, step: int) -> None:
         """Drop metric and sample lines of steps later than `step`, which a resumed run will write again."""
+        if distributed.rank() > 0:
+            return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.dir / name
             if path.exists():
@@ -147,7 +155,9 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
     directory = Path(args.output_dir)
     config = asdict(args)
     config_file = directory / "config.json"
-    if args.overwrite and config_file.exists():
+    if distributed.rank() > 0:
+        distributed.wait()  # until process 0 has opened the folder
+    elif args.overwrite and config_file.exists():
         shutil.rmtree(directory)
     finished = None
     if config_file.exists():
@@ -166,6 +176,8 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "env.json", json.dumps(environment(args.threads, data_files), indent=1) + "\n")
         write_text(config_file, json.dumps(config, indent=1) + "\n")
+    if distributed.rank() == 0:
+        distributed.wait()
     return Run(directory, finished, tracker(getattr(args, "report_to", "none"), directory, config))
 
 
@@ -218,7 +230,7 @@ def cpu_name() -> str:
 
 def tracker(report_to: str, directory: Path, config: dict) -> Callable[[dict, int], None]:
     """Optional tracker behind one function (metrics, step); metrics.jsonl is written in any case."""
-    if report_to == "none":
+    if report_to == "none" or distributed.rank() > 0:
         return lambda metrics, step: None
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

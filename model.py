@@ -33,6 +33,7 @@ from trajectory import DataError, Trajectory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+OptimizerName = Literal["adamw", "adamw_8bit"]
 REFERENCE = "reference"  # name of the frozen copy of the starting adapter
 
 
@@ -63,8 +64,18 @@ class ModelArgs:
 
 
 def device() -> torch.device:
-    """The first GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def adamw(model: torch.nn.Module, name: OptimizerName, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters; adamw_8bit keeps its two moments in 8 bits per value, block by block."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if name == "adamw":
+        return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(trained, lr=lr, weight_decay=weight_decay)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -203,6 +214,22 @@ def enable_checkpointing(model: torch.nn.Module) -> None:
     """Recompute activations in the backward pass; the inputs must require grad because the base is frozen."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
+
+
+def packed(trajectories: list[Trajectory], size: int, max_tokens: int) -> Iterator[list[Trajectory]]:
+    """Cut trajectories, shortest first, into micro-batches of `size` or, if `max_tokens` > 0, of so many tokens.
+
+    The budget counts padding: rows × longest row ≤ max_tokens, except that a single row may be longer.
+    """
+    rows: list[Trajectory] = []
+    for t in sorted(trajectories, key=lambda t: len(t.token_ids)):
+        full = (len(rows) + 1) * len(t.token_ids) > max_tokens if max_tokens else len(rows) == size
+        if rows and full:
+            yield rows
+            rows = []
+        rows.append(t)
+    if rows:
+        yield rows
 
 
 class Batch(NamedTuple):

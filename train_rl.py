@@ -8,47 +8,33 @@ Each step, for `questions_per_step` questions:
 3. reward     REWARDS[--reward] over each group
 4. advantage  ADVANTAGES[--advantage] over each group, one value per token
 5. update     clipped surrogate + optional k3 KL to the starting adapter, weights fixed over the whole optimizer step
-Only model-written tokens (loss_mask 1) are trained on. Left out on purpose: critics, reward models, off-policy
-replay, several processes.
+Only model-written tokens (loss_mask 1) are trained on. `torchrun --nproc_per_node N train_rl.py …` shares the questions
+of a step among N processes. Left out on purpose: critics, reward models, off-policy replay.
 """
 
 import json
 import math
 import time
 from dataclasses import dataclass
-from statistics import fmean, stdev
-from typing import Literal, NamedTuple
+from statistics import fmean
+from typing import Literal
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import get_scheduler
 
-import kernels
+import distributed
 from checkpoint import resume, save_checkpoint
 from common import Run, RunArgs, arg, cli, shuffled, start_run
 from conversation import RolloutArgs, check_prompts, open_tools
 from data.questions import load_questions
 from eval.behaviour import void_turns
 from eval.grader import score
-from losses import ADVANTAGES, MIN_STD, AdvantageName, LossType, token_weights
-from model import (
-    Batch,
-    ModelArgs,
-    add_reference,
-    collate,
-    device,
-    enable_checkpointing,
-    head_weight,
-    hidden_of_targets,
-    load_policy,
-    save_adapter,
-    token_stats,
-    use_reference,
-)
+from losses import ADVANTAGES, MIN_STD, AdvantageName, LossType
+from model import ModelArgs, OptimizerName, add_reference, adamw, device, enable_checkpointing, load_policy, save_adapter
 from rewards import REWARDS, RewardName
 from rollout import rollout
 from trajectory import DataError, Trajectory, groups_of
+from update import micro_batches, reward_spread, update
 
 
 @dataclass
@@ -80,10 +66,12 @@ class Args(RolloutArgs, ModelArgs, RunArgs):
     questions_per_step: int = arg(12, "questions per step (ET-Agent: 64)")
     per_device_train_batch_size: int = arg(32, "trajectories per micro-batch")
     gradient_accumulation_steps: int = arg(0, "micro-batches per optimizer step; 0 = as many as the step needs")
+    max_tokens_per_micro_batch: int = arg(0, "micro-batches of so many tokens, padding included; 0 = by number")
     max_steps: int = arg(80, "rollout steps")
     learning_rate: float = arg(2e-3, "peak learning rate (ET-Agent, full parameters: 1e-6)")
     lr_scheduler_type: str = arg("constant", "a transformers schedule: constant, linear, cosine, …")
     warmup_ratio: float = arg(0.0, "share of the steps with rising learning rate")
+    optimizer: OptimizerName = arg("adamw", "adamw_8bit: states in 8 bits (bitsandbytes)")
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradient clipping")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass")
@@ -109,12 +97,23 @@ class Args(RolloutArgs, ModelArgs, RunArgs):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if self.questions_per_step % self.updates_per_batch:
+        if self.questions_per_step % (self.updates_per_batch * distributed.count()):
             raise ValueError(
                 f"--questions_per_step {self.questions_per_step} is not a multiple of --updates_per_batch "
-                f"{self.updates_per_batch}"
+                f"{self.updates_per_batch} × {distributed.count()} process(es)"
             )
-        per_update = self.questions_per_step * self.num_generations // self.updates_per_batch
+        longest = self.max_prompt_length + self.max_completion_length
+        if self.max_tokens_per_micro_batch:
+            if self.max_tokens_per_micro_batch < longest:
+                raise ValueError(
+                    f"--max_tokens_per_micro_batch {self.max_tokens_per_micro_batch} is less than one trajectory may "
+                    f"have: --max_prompt_length {self.max_prompt_length} + --max_completion_length "
+                    f"{self.max_completion_length}"
+                )
+            if self.gradient_accumulation_steps:
+                raise ValueError("--gradient_accumulation_steps does not go with --max_tokens_per_micro_batch")
+            return
+        per_update = self.questions_per_step * self.num_generations // (self.updates_per_batch * distributed.count())
         needed = math.ceil(per_update / self.per_device_train_batch_size)
         if self.gradient_accumulation_steps not in (0, needed):
             raise ValueError(
@@ -125,16 +124,14 @@ class Args(RolloutArgs, ModelArgs, RunArgs):
         self.gradient_accumulation_steps = needed
 
 
-class MicroBatch(NamedTuple):
-    """Trajectories that share a forward pass; their composition is the same in scoring and in every update."""
-
-    trajectories: list[Trajectory]
-    batch: Batch
-    ref_logp: Tensor | None  # (N,) over the batch's trained tokens
-
-
 def main(args: Args) -> dict:
     """Train; returns (and writes to result.json) the last step's metrics."""
+    with distributed.processes():
+        return train(args)
+
+
+def train(args: Args) -> dict:
+    """The run of this process; with torchrun each process has its share of every step's questions."""
     run = start_run(args, (args.data,))
     if run.finished:
         print(f"{args.output_dir}: finished before\n{json.dumps(run.finished, indent=1)}")
@@ -152,54 +149,55 @@ def main(args: Args) -> dict:
         add_reference(model)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = adamw(model, args.optimizer, args.learning_rate, args.weight_decay)
     updates = args.max_steps * args.num_iterations * args.updates_per_batch
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, int(args.warmup_ratio * updates), updates)
     first, state = resume(run.dir, args.resume_from_checkpoint, model, optimizer, scheduler)
     run.forget_after(first)
     metrics = state.get("metrics", {})
 
-    bar = tqdm(range(first, args.max_steps), initial=first, total=args.max_steps, desc="rl", unit="step")
+    steps = range(first, args.max_steps)
+    bar = tqdm(steps, initial=first, total=args.max_steps, desc="rl", unit="step", disable=distributed.rank() > 0)
     with open_tools(args) as toolbox:
         for step in bar:
             started = time.perf_counter()
 
             # ------------------------------------------------------------------------------------ examples
-            examples = [questions[i] for i in question_indices(len(questions), step, args)]
+            indices = question_indices(len(questions), step, args)
+            mine = [distributed.share(part) for part in split(indices, args.updates_per_batch)]
+            examples = [questions[i] for part in mine for i in part]
 
             # ------------------------------------------------------------------------------------ rollout
             trajectories = rollout(model, tokenizer, examples, args, toolbox, (args.seed, step))
+            parts = split(trajectories, args.updates_per_batch)
             rolled_out = time.perf_counter()
 
             # ------------------------------------------------------------------------------------ score
             model.train()
-            updates_of_step = [
-                micro_batches(part, model, tokenizer.pad_token_id, args)
-                for part in split(trajectories, args.updates_per_batch)
-            ]
+            batches = [micro_batches(part, model, tokenizer.pad_token_id, args) for part in parts]
 
             # ------------------------------------------------------------------------------------ reward
-            groups = groups_of(trajectories)
-            for group in groups:
+            for group in groups_of(trajectories):
                 correctness, formed = zip(*(score(t) for t in group))
                 for t, terms in zip(group, REWARDS[args.reward](group, list(correctness), list(formed), args)):
                     t.rewards = terms
 
             # ------------------------------------------------------------------------------------ advantage
-            for group in groups:
+            for group in groups_of(trajectories):
                 for t, values in zip(group, ADVANTAGES[args.advantage](group, [t.rewards for t in group], args)):
                     t.advantage = values
                     t.check()
 
             # ------------------------------------------------------------------------------------ update
+            parts = [distributed.gather(part) for part in parts]
             stats = [
-                update(model, optimizer, scheduler, part, args)
+                update(model, optimizer, scheduler, batch, part, [args.entropy_coef] * len(part), args)
                 for _ in range(args.num_iterations)
-                for part in updates_of_step
+                for batch, part in zip(batches, parts)
             ]
 
             # ------------------------------------------------------------------------------------ log, save
+            groups = groups_of([t for part in parts for t in part])
             metrics = {
                 **rollout_metrics(groups),
                 **{name: fmean(s[name] for s in stats) for name in stats[0]},
@@ -214,6 +212,8 @@ def main(args: Args) -> dict:
                 tokens=f"{metrics['completions/mean_length']:.0f}",
                 entropy=f"{metrics['entropy']:.2f}",
             )
+            if distributed.rank() > 0:
+                continue
             if step % args.sample_steps == 0:
                 dump_samples(run, step + 1, groups[0])
             if (step + 1) % args.save_steps == 0 or step + 1 == args.max_steps:
@@ -221,9 +221,10 @@ def main(args: Args) -> dict:
                 save_checkpoint(
                     run.dir, step + 1, model, tokenizer, optimizer, scheduler, counters, args.save_total_limit
                 )
-    save_adapter(model, tokenizer, run.dir)
     result = {"steps": args.max_steps, **{k: v for k, v in metrics.items() if not k.startswith("time/")}}
-    run.finish(result)
+    if distributed.rank() == 0:
+        save_adapter(model, tokenizer, run.dir)
+        run.finish(result)
     return result
 
 
@@ -240,113 +241,6 @@ def split(items: list, parts: int) -> list[list]:
     return [items[i * size : (i + 1) * size] for i in range(parts)]
 
 
-def micro_batches(part: list[Trajectory], model: torch.nn.Module, pad_id: int, args: Args) -> list[MicroBatch]:
-    """Sort one update's trajectories by length, cut them into micro-batches, and score each (old_logp, entropy)."""
-    for t in part:
-        if not t.sampled:
-            raise ValueError(f"trajectory {t.question_id}/{t.sample_idx} was not sampled; RL trains on samples only")
-    ordered = sorted(part, key=lambda t: len(t.token_ids))
-    size, result = args.per_device_train_batch_size, []
-    for rows in (ordered[i : i + size] for i in range(0, len(ordered), size)):
-        batch = collate(rows, pad_id, device())
-        with torch.no_grad():
-            logp, entropy = token_stats(model, batch, args.temperature)
-        for t, logps, entropies in zip(rows, logp.tolist(), entropy.tolist()):
-            t.old_logp, t.entropy = logps[: len(t.token_ids)], entropies[: len(t.token_ids)]
-        ref_logp = None
-        if args.beta > 0:
-            with use_reference(model):
-                ref_logp = token_stats(model, batch, args.temperature)[0][batch.loss_mask]  # (N,)
-        result.append(MicroBatch(rows, batch, ref_logp))
-    return result
-
-
-def update(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    part: list[MicroBatch],
-    args: Args,
-) -> dict[str, float]:
-    """One optimizer step over all micro-batches of an update; a non-finite loss or gradient skips it."""
-    rows = [t for mb in part for t in mb.trajectories]
-    dropped = zero_variance_ids(rows) if args.skip_zero_variance else set()
-    kept = [t for t in rows if t.question_id not in dropped]
-    lengths = [t.completion_tokens * trains(t, args) for t in kept]
-    weights = token_weights(lengths, args.loss_type, args.max_completion_length)
-    # the kernel's entropy term has the token weight as a factor; the bonus is a mean of means under every loss type
-    bonuses = [args.entropy_coef / (len(kept) * n * w) if n else 0.0 for n, w in zip(lengths, weights)]
-    row_terms = {(t.question_id, t.sample_idx): terms for t, *terms in zip(kept, weights, bonuses)}
-    tokens = max(sum(t.completion_tokens for t in rows), 1)
-    totals = {"loss": 0.0, "kl": 0.0, "clip_ratio/low_mean": 0.0, "clip_ratio/high_mean": 0.0}
-    for mb in part:
-        per_row = [row_terms.get((t.question_id, t.sample_idx), [0.0, 0.0]) for t in mb.trajectories]
-        if not any(weight for weight, _ in per_row):
-            continue
-        loss, stats = policy_loss(model, mb, per_row, args)
-        loss.backward()
-        share = int(mb.batch.loss_mask.sum()) / tokens
-        totals["loss"] += loss.item()
-        totals["kl"] += stats["kl"].sum().item() / tokens
-        totals["clip_ratio/low_mean"] += float(stats["clip_low_frac"]) * share
-        totals["clip_ratio/high_mean"] += float(stats["clip_high_frac"]) * share
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.max_grad_norm)
-    finite = math.isfinite(totals["loss"]) and math.isfinite(norm.item())
-    if finite:
-        optimizer.step()
-    else:
-        tqdm.write(f"skipped an update: loss {totals['loss']}, gradient norm {norm.item()}")
-        totals = {name: 0.0 for name in totals}
-    scheduler.step()
-    optimizer.zero_grad()
-    return {**totals, "grad_norm": norm.item() if finite else 0.0, "skipped_updates": float(not finite)}
-
-
-def policy_loss(model: torch.nn.Module, mb: MicroBatch, row_terms: list, args: Args) -> tuple[Tensor, dict]:
-    """The micro-batch's share of the step's loss, and its token statistics (maths: kernels/policy_loss.py).
-
-    row_terms: (token weight, entropy coefficient) of each trajectory.
-    """
-    mask = mb.batch.loss_mask
-
-    def flat(rows: list[list[float]]) -> Tensor:  # per-token lists -> (N,) in the order of hidden_of_targets
-        return torch.tensor([v for row, t in zip(rows, mb.trajectories) for v, m in zip(row, t.loss_mask) if m])
-
-    hidden, targets = hidden_of_targets(model, mb.batch)  # (N, H), (N,)
-    terms = torch.tensor(row_terms, device=mask.device)[:, :, None].expand(-1, -1, mask.shape[1])  # (B, 2, T)
-    weight, bonus = terms.unbind(1)  # (B, T)
-    return kernels.linear_policy_loss(
-        hidden,
-        head_weight(model),
-        targets,
-        token_weight=weight[mask],
-        advantage=flat([t.advantage for t in mb.trajectories]).to(mask.device),
-        old_logp=flat([t.old_logp for t in mb.trajectories]).to(mask.device),
-        ref_logp=mb.ref_logp,
-        clip_low=args.epsilon,
-        clip_high=args.epsilon_high,
-        kl_coef=args.beta,
-        entropy_coef=bonus[mask],
-        temperature=args.temperature,
-    )
-
-
-def trains(t: Trajectory, args: Args) -> bool:
-    """False for trajectories that a flag takes out of the loss."""
-    if args.mask_truncated_completions and t.finish != "eos":
-        return False
-    return not (args.mask_void_turns and void_turns(t))
-
-
-def zero_variance_ids(trajectories: list[Trajectory]) -> set[str]:
-    """Questions whose group of rewards does not vary: their advantages are all 0."""
-    return {group[0].question_id for group in groups_of(trajectories) if _spread(group) < MIN_STD}
-
-
-def _spread(group: list[Trajectory]) -> float:
-    return stdev(t.rewards["total"] for t in group) if len(group) > 1 else 0.0
-
-
 def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
     """TRL's metric names: means over the step's trajectories (rewards, tokens, entropy in nats) and calls."""
     flat = [t for group in groups for t in group]
@@ -356,12 +250,12 @@ def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
     tokens = sum(t.completion_tokens for t in flat)
     return {
         "reward": fmean(t.rewards["total"] for t in flat),
-        "reward_std": fmean(_spread(group) for group in groups),
+        "reward_std": fmean(reward_spread(group) for group in groups),
         **{f"rewards/{name}/mean": fmean(t.rewards[name] for t in flat) for name in sorted(terms)},
         "completions/mean_length": tokens / len(flat),
         "completions/clipped_ratio": fmean(t.finish != "eos" for t in flat),
         "entropy": sum(sum(t.entropy) for t in flat) / max(tokens, 1),
-        "frac_reward_zero_std": fmean(_spread(group) < MIN_STD for group in groups),
+        "frac_reward_zero_std": fmean(reward_spread(group) < MIN_STD for group in groups),
         "tools/call_frequency": fmean(t.n_calls for t in flat),
         "tools/failure_frequency": sum(not c.ok for c in calls) / max(len(calls), 1),
         "num_turns/mean": fmean(1 + sum(s.kind == "tool_result" for s in t.spans) for t in flat),

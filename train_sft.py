@@ -5,7 +5,8 @@
 1. Read trajectories, demonstrations (`question` + `response` parts) or chat rows (`messages`), tokenise each once.
 2. Per optimizer step: the next examples of a seeded permutation, in micro-batches sorted by length.
 3. loss = − Σ logp of model-written tokens / their number in the whole step; tool results and prompts have no loss.
-Left out on purpose: packing, several processes.
+`torchrun --nproc_per_node N train_sft.py …` shares each step's examples among N processes.
+Left out on purpose: packing several examples into one row.
 """
 
 import json
@@ -18,11 +19,23 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
+import distributed
 from checkpoint import resume, save_checkpoint
 from common import RunArgs, arg, cli, shuffled, start_run
 from conversation import Draft, RolloutArgs, dialect_of, encode, render_prompt, result_text, to_trajectory
 from data.questions import Question, question_of
-from model import ModelArgs, collate, device, enable_checkpointing, load_policy, save_adapter, token_stats
+from model import (
+    ModelArgs,
+    OptimizerName,
+    adamw,
+    collate,
+    device,
+    enable_checkpointing,
+    load_policy,
+    packed,
+    save_adapter,
+    token_stats,
+)
 from trajectory import DataError, Trajectory, read_jsonl
 
 
@@ -35,12 +48,14 @@ class Args(ModelArgs, RunArgs):
     max_length: int = arg(4096, "longest example in tokens; longer ones are an error unless --drop_long")
     drop_long: bool = arg(False, "leave out examples longer than --max_length and say how many")
     per_device_train_batch_size: int = arg(8, "examples per micro-batch")
-    gradient_accumulation_steps: int = arg(1, "micro-batches per optimizer step (ET-Agent: 32 examples per step)")
+    max_tokens_per_micro_batch: int = arg(0, "micro-batches of so many tokens, padding included; 0 = by number")
+    gradient_accumulation_steps: int = arg(1, "an optimizer step takes this × per_device_train_batch_size × processes")
     num_train_epochs: float = arg(3.0, "passes over the data (ET-Agent 3)")
     max_steps: int = arg(0, "optimizer steps; overrides --num_train_epochs if > 0")
     learning_rate: float = arg(1e-3, "peak learning rate (ET-Agent, full parameters: 5e-6)")
     lr_scheduler_type: str = arg("cosine", "a transformers schedule: constant, linear, cosine, …")
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate")
+    optimizer: OptimizerName = arg("adamw", "adamw_8bit: states in 8 bits (bitsandbytes)")
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradient clipping")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass")
@@ -63,40 +78,49 @@ class Args(ModelArgs, RunArgs):
 
 def main(args: Args) -> dict:
     """Train; returns (and writes to result.json) the first and last loss."""
+    with distributed.processes():
+        return train(args)
+
+
+def train(args: Args) -> dict:
+    """The run of this process; with torchrun each process has its share of every step's examples."""
     run = start_run(args, (args.data,))
     if run.finished:
         print(f"{args.output_dir}: finished before\n{json.dumps(run.finished, indent=1)}")
         return run.finished
     model, tokenizer = load_policy(args)
     model.to(device())
-    examples = load_examples(args.data, tokenizer, args)
+    examples = load_examples(args.data, tokenizer, args, model.get_input_embeddings().num_embeddings)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.count()
     steps_per_epoch = math.ceil(len(examples) / per_step)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    optimizer = adamw(model, args.optimizer, args.learning_rate, args.weight_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, int(args.warmup_ratio * steps), steps)
     first, state = resume(run.dir, args.resume_from_checkpoint, model, optimizer, scheduler)
     run.forget_after(first)
     losses = state.get("losses", [])
 
     model.train()
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="sft", unit="step")
+    todo = range(first, steps)
+    bar = tqdm(todo, initial=first, total=steps, desc="sft", unit="step", disable=distributed.rank() > 0)
     for step in bar:
         started = time.perf_counter()
         epoch, cut = divmod(step, steps_per_epoch)
         order = shuffled(len(examples), args.seed, "order", epoch)[cut * per_step : (cut + 1) * per_step]
-        rows = sorted((examples[i] for i in order), key=lambda t: len(t.token_ids))
-        tokens = sum(t.completion_tokens for t in rows)
+        tokens = sum(examples[i].completion_tokens for i in order)
+        mine = [examples[i] for i in distributed.share(order)]
         loss = 0.0
-        for at in range(0, len(rows), args.per_device_train_batch_size):
-            batch = collate(rows[at : at + args.per_device_train_batch_size], tokenizer.pad_token_id, device())
+        for rows in packed(mine, args.per_device_train_batch_size, args.max_tokens_per_micro_batch):
+            batch = collate(rows, tokenizer.pad_token_id, device())
             logp, _ = token_stats(model, batch)  # (B, T)
             part = -logp.sum() / tokens
             part.backward()
             loss += part.item()
+        distributed.sum_gradients(trained)
+        loss = distributed.sum_values({"loss": loss})["loss"]
         norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm).item()
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
@@ -113,20 +137,24 @@ def main(args: Args) -> dict:
             | {"num_tokens": tokens, "time/step": seconds},
         )
         bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens / seconds:.0f}")
-        if (step + 1) % args.save_steps == 0 or step + 1 == steps:
+        if distributed.rank() == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == steps):
             counters = {"losses": losses}
             save_checkpoint(run.dir, step + 1, model, tokenizer, optimizer, scheduler, counters, args.save_total_limit)
-    save_adapter(model, tokenizer, run.dir)
     result = {"steps": steps, "examples": len(examples), "first_loss": losses[0], "loss": losses[-1]}
-    run.finish(result)
+    if distributed.rank() == 0:
+        save_adapter(model, tokenizer, run.dir)
+        run.finish(result)
     return result
 
 
 # ---------------------------------------------------------------------------------------------------- examples
 
 
-def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, args: Args) -> list[Trajectory]:
-    """Every row as a Trajectory with its loss_mask; DataError names file, line and field of a bad or too long row."""
+def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, args: Args, vocabulary: int) -> list[Trajectory]:
+    """Every row as a Trajectory with its loss_mask; DataError names file, line and field of a bad or too long row.
+
+    vocabulary: rows of the embedding, of which some models have more than their tokenizer uses.
+    """
     examples, dropped = [], 0
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
@@ -143,8 +171,8 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, args: Args) -> 
             raise
         except (ValueError, KeyError, TypeError) as e:
             raise DataError(f"{where}: {e}") from None
-        if max(t.token_ids) >= len(tokenizer):
-            raise DataError(f"{where}: token id {max(t.token_ids)} is outside the vocabulary of {len(tokenizer)}")
+        if max(t.token_ids) >= vocabulary:
+            raise DataError(f"{where}: token id {max(t.token_ids)} is outside the vocabulary of {vocabulary}")
         if len(t.token_ids) > args.max_length:
             if not args.drop_long:
                 raise DataError(f"{where}: {len(t.token_ids)} tokens, more than --max_length {args.max_length}")

@@ -617,7 +617,7 @@ def test_real_questions_go_through_and_load_for_sft(tmp_path, tiny_model, critic
     assert flywheel.main(args) == result
     tokenizer = byte_tokenizer(extra=[f"<{i}>" for i in range(5)])  # the random model also samples its five unused ids
     sft = train_sft.Args(model_name_or_path=str(tiny_model), data="x", output_dir="x")
-    examples = train_sft.load_examples(str(tmp_path / "out" / "pool.jsonl"), tokenizer, sft)
+    examples = train_sft.load_examples(str(tmp_path / "out" / "pool.jsonl"), tokenizer, sft, len(tokenizer))
     assert len(examples) == result["pool"] and (tmp_path / "out" / "rft.jsonl").exists()
     with pytest.raises(DataError, match="--rounds"):
         flywheel.main(replace(args, rounds=2))

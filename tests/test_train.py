@@ -21,9 +21,10 @@ import rewards
 import rollout
 import train_rl
 import train_sft
+import update
 from data.questions import load_questions
 from losses import token_weights
-from model import add_reference, collate, head_weight, hidden_of_targets, load_policy, token_stats, use_reference
+from model import add_reference, collate, head_weight, hidden_of_targets, load_policy, packed, token_stats, use_reference
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,7 +78,7 @@ def scored_step(args):
     trajectories = rollout.rollout(model, tokenizer, questions, args, {}, (0, 0))
     model.train()
     parts = [
-        train_rl.micro_batches(p, model, tokenizer.pad_token_id, args)
+        update.micro_batches(p, model, tokenizer.pad_token_id, args)
         for p in train_rl.split(trajectories, args.updates_per_batch)
     ]
     for k, t in enumerate(trajectories):
@@ -102,9 +103,16 @@ class NoStep(torch.optim.SGD):
         pass
 
 
+def step(model, optimizer, part, args):
+    """One update of one process, with the constant entropy coefficient."""
+    everyone = [t for mb in part for t in mb.trajectories]
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    return update.update(model, optimizer, scheduler, part, everyone, [args.entropy_coef] * len(everyone), args)
+
+
 def gradient_of_update(model, part, args):
     optimizer = NoStep([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    stats = train_rl.update(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), part, args)
+    stats = step(model, optimizer, part, args)
     return gradients(model), stats
 
 
@@ -161,7 +169,7 @@ def test_the_first_ratio_of_a_step_is_exactly_one(flags):
     args = train_rl.Args(**flags)
     model, (part,) = scored_step(args)
     for mb in part:
-        _, stats = train_rl.policy_loss(model, mb, [(0.1, 0.0)] * len(mb.trajectories), args)
+        _, stats = update.policy_loss(model, mb, [(0.1, 0.0)] * len(mb.trajectories), args)
         assert stats["ratio"].unique().tolist() == [1.0]
 
 
@@ -173,6 +181,44 @@ def test_micro_batches_add_up_to_the_whole_batch(flags, loss_type):
         model, (part,) = scored_step(args)
         results.append(gradient_of_update(model, part, args)[0])
     assert close(results[0], results[2], 1e-5) and close(results[1], results[2], 1e-5)
+
+
+def test_a_token_budget_packs_by_length(flags):
+    """Rows × longest within the budget, nothing lost, and the same gradient as by number."""
+    args = train_rl.Args(**flags | {"max_prompt_length": 510}, max_tokens_per_micro_batch=1600)
+    model, (part,) = scored_step(args)
+    sizes = [(len(mb.trajectories), mb.batch.input_ids.shape[1]) for mb in part]
+    assert len(sizes) > 1 and sum(rows for rows, _ in sizes) == 8
+    assert all(rows * longest <= 1600 for rows, longest in sizes)
+    assert [longest for _, longest in sizes] == sorted(longest for _, longest in sizes)
+    by_number = train_rl.Args(**flags)
+    budget, _ = gradient_of_update(model, part, args)
+    model, (part,) = scored_step(by_number)
+    assert close(budget, gradient_of_update(model, part, by_number)[0], 1e-5)
+
+
+def test_packing_fills_the_budget_and_lets_a_long_row_alone():
+    def row(n):
+        return type("T", (), {"token_ids": [0] * n})()
+
+    cuts = [[len(t.token_ids) for t in rows] for rows in packed([row(n) for n in (9, 2, 3, 30, 4, 5)], 1, 12)]
+    assert cuts == [[2, 3, 4], [5], [9], [30]]
+    cuts = [[len(t.token_ids) for t in rows] for rows in packed([row(n) for n in (5, 1, 3)], 2, 0)]
+    assert cuts == [[1, 3], [5]]
+
+
+def test_micro_batches_without_a_gradient_are_not_run(flags, monkeypatch):
+    args = train_rl.Args(**flags)
+    model, (part,) = scored_step(args)
+    for t in part[0].trajectories:
+        t.advantage = [0.0] * len(t.token_ids)
+    whole, _ = gradient_of_update(model, part, args)
+    ran, real = [], update.policy_loss
+    monkeypatch.setattr(update, "policy_loss", lambda m, mb, *rest: ran.append(mb) or real(m, mb, *rest))
+    assert close(gradient_of_update(model, part, args)[0], whole, 1e-12) and len(ran) == len(part) - 1
+    args.entropy_coef = 0.1  # now they have one
+    gradient_of_update(model, part, args)
+    assert len(ran) == 2 * len(part) - 1
 
 
 def test_tool_text_has_no_gradient_of_its_own(flags):
@@ -193,7 +239,7 @@ def test_flags_take_trajectories_out_of_the_loss(flags):
     for t in (t for mb in part for t in mb.trajectories):
         t.finish = "tool_limit"
     optimizer = NoStep([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    stats = train_rl.update(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), part, args)
+    stats = step(model, optimizer, part, args)
     assert stats["loss"] == 0.0 and all(p.grad is None for p in model.parameters())
 
 
@@ -202,7 +248,7 @@ def test_zero_variance_groups_leave_the_normaliser_on_request(flags):
     model, (part,) = scored_step(args)
     rows = {(t.question_id, t.sample_idx): t for mb in part for t in mb.trajectories}
     rows["q0", 0].rewards = rows["q0", 1].rewards = {"total": 1.0}
-    assert train_rl.zero_variance_ids(list(rows.values())) == {"q0"}
+    assert update.zero_variance_ids(list(rows.values())) == {"q0"}
     skipped, _ = gradient_of_update(model, part, args)
     args.skip_zero_variance = False
     for i in (0, 1):
@@ -219,7 +265,7 @@ def test_non_finite_updates_are_skipped(flags, capsys):
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     optimizer = torch.optim.AdamW(trained, lr=0.1)
-    stats = train_rl.update(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), part, args)
+    stats = step(model, optimizer, part, args)
     assert stats["skipped_updates"] == 1.0 and all(torch.equal(a, b) for a, b in zip(before, trained))
     assert all(p.grad is None for p in trained)
 
@@ -340,7 +386,7 @@ def sft_flags(tiny_model, tmp_path):
 def test_sft_examples_are_masked_like_rollouts(sft_flags):
     args = train_sft.Args(**sft_flags)
     _, tokenizer = load_policy(args)
-    examples = train_sft.load_examples(args.data, tokenizer, args)
+    examples = train_sft.load_examples(args.data, tokenizer, args, len(tokenizer))
     t = examples[2]
     trained = tokenizer.decode([i for i, m in zip(t.token_ids, t.loss_mask) if m])
     assert trained == "<think>add</think>\n<python>2+2</python><answer>\\boxed{4}</answer>"
@@ -354,7 +400,7 @@ def test_sft_loss_is_the_token_mean_of_the_step_and_falls(sft_flags):
     args = train_sft.Args(**sft_flags | {"gradient_accumulation_steps": 4})
     result = train_sft.main(args)
     model, tokenizer = load_policy(args)  # a fresh adapter is the base
-    rows = train_sft.load_examples(args.data, tokenizer, args)
+    rows = train_sft.load_examples(args.data, tokenizer, args, len(tokenizer))
     logp = [token_stats(model, collate([t], 0, torch.device("cpu")))[0].sum().item() for t in rows]
     assert result["first_loss"] == pytest.approx(-sum(logp) / sum(t.completion_tokens for t in rows), rel=1e-4)
     assert result["loss"] < result["first_loss"] - 0.5
@@ -372,9 +418,9 @@ def test_sft_resume_is_bitwise(sft_flags, tmp_path):
 def test_rl_refuses_written_trajectories(sft_flags, flags):
     args = train_sft.Args(**sft_flags)
     model, tokenizer = load_policy(args)
-    examples = train_sft.load_examples(args.data, tokenizer, args)
+    examples = train_sft.load_examples(args.data, tokenizer, args, len(tokenizer))
     with pytest.raises(ValueError, match="d0/0 was not sampled"):
-        train_rl.micro_batches(examples[:1], model, 0, train_rl.Args(**flags))
+        update.micro_batches(examples[:1], model, 0, train_rl.Args(**flags))
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
