@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common import arg, seed_of
 from data.questions import Question
+from data.world_noise import NoisyIndex
 from tools.parse import escape_result, parse_calls, render_result, spans_of
 from tools.python import PythonSandbox, ToolResult
 from tools.search import SearchIndex, render
@@ -71,6 +72,8 @@ class RolloutArgs:
     index: str = arg("", "folder of a search index (data.world --index, tools.search)")
     search_top_k: int = arg(4, "passages per search")
     search_max_chars: int = arg(1200, "characters kept of each passage")
+    noise: float = arg(0.0, "world's index only: scale 0 to 1 of wrong and ambiguous passages (data/world_noise.py)")
+    noise_seed: int = arg(0, "draws which wordings of a query are answered with a flaw")
     python_timeout: float = arg(5.0, "seconds per python call")
     python_memory_mb: int = arg(512, "memory per python call")
     tool_workers: int = arg(2, "tool calls run at once")
@@ -83,6 +86,10 @@ class RolloutArgs:
             raise ValueError(f"--temperature must be a finite number >= 0, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be in (0, 1], not {self.top_p}")
+        if not 0 <= self.noise <= 1:
+            raise ValueError(f"--noise must be from 0 to 1, not {self.noise}")
+        if self.noise and (not self.index or self.search_top_k != 1):
+            raise ValueError(f"--noise {self.noise} needs an --index and --search_top_k 1")
         if self.engine == "fast" and self.repetition_penalty != 1.0:
             raise ValueError(f"--repetition_penalty {self.repetition_penalty} needs --engine hf")
 
@@ -102,6 +109,8 @@ def open_tools(args: RolloutArgs) -> Iterator[ToolBox]:
             if not Path(args.index).is_dir():
                 raise DataError(f"--index {args.index}: no such folder")
             index = SearchIndex.load(args.index)
+            if args.noise:
+                index = NoisyIndex(index, args.noise, args.noise_seed)
 
             def search(query: str) -> ToolResult:
                 found = index.search(query, args.search_top_k)

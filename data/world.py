@@ -339,7 +339,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws the questions; the facts have their own fixed seed")
     parser.add_argument("--output", help="jsonl file (--questions) or model folder (--pretrain)")
     parser.add_argument("--families", default=",".join(PLAIN),
-                        help=f"of {', '.join(FAMILIES + GRADED)} (default: the first six)")  # fmt: skip
+                        help=f"of {', '.join(FAMILIES + GRADED)}; noisy = the mix of world_noise.py "
+                             "(default: the first six)")  # fmt: skip
     parser.add_argument("--thoughts", choices=("belief", "terse"), default="belief",
                         help="--pretrain: thoughts carry the model's belief, or bare plans")  # fmt: skip
     parser.add_argument("--steps", type=int, help="--pretrain: optimizer steps (default: the preset's)")
@@ -349,7 +350,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--output is required with --questions and --pretrain")
     if args.questions is not None and args.questions < 1:
         parser.error(f"--questions must be at least 1, found {args.questions}")
-    families = tuple(args.families.split(","))
+    from data.world_noise import MIX  # here, because world_noise.py builds on this module
+
+    families = MIX if args.families == "noisy" else tuple(args.families.split(","))
     if wrong := [f for f in families if f not in FAMILIES + GRADED]:
         parser.error(f"--families: unknown family {wrong[0]!r}, known are {', '.join(FAMILIES + GRADED)}")
     try:

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
+from data.world_noise import fact_of, fits
 from eval.metrics import normalise_answer
 from tools.parse import parse_calls, spans_of
 from trajectory import UNCLOSED, DataError, ToolCall, Trajectory, load_trajectories
@@ -64,22 +65,54 @@ def unused_calls(trajectory: Trajectory) -> list[int]:
     return unused
 
 
+def needed_calls(trajectory: Trajectory) -> int | None:
+    """Calls that this trajectory needed (world; else None): `min_tool_calls`, which says what is needed if every search
+    finds its passage, and each reworded search after a passage that did not fit (data/world_noise.py)."""
+    need = trajectory.meta.get("min_tool_calls")
+    return need and need + len(_rewordings(trajectory)[0])
+
+
+def _rewordings(trajectory: Trajectory) -> tuple[list[int], bool]:
+    """(indices of searches that reword one whose passage did not fit, whether a fact was left without one that fits).
+
+    Wordings differ as the noisy index tells them apart, so "the" in front is one, though not for duplicate_calls.
+    """
+    asked: dict[frozenset, set[str]] = {}  # fact -> wordings so far; none once a passage fits
+    reworded = []
+    for i, call in enumerate(trajectory.tool_calls):
+        if call.name != "search" or not call.ok or not isinstance(call.arguments, str):
+            continue
+        query, fitting = " ".join(call.arguments.lower().split()), fits(call.arguments, call.result)
+        wordings = asked.setdefault(fact_of(query), set())
+        if wordings and query not in wordings:
+            reworded.append(i)
+        if fitting:
+            wordings.clear()
+        elif fitting is False:
+            wordings.add(query)
+    return reworded, any(asked.values())
+
+
 def redundant_calls(trajectory: Trajectory) -> int:
     """Number of redundant calls: executed calls beyond the need, or repeats (world); else repeated or unused calls."""
-    repeated, need = duplicate_calls(trajectory), trajectory.meta.get("min_tool_calls")
+    repeated, need = duplicate_calls(trajectory), needed_calls(trajectory)
     if need is not None:
+        repeated = set(repeated).difference(_rewordings(trajectory)[0] if need else ())
         return max(executed_calls(trajectory) - need, len(repeated))
     return len({*repeated, *unused_calls(trajectory)})
 
 
 def insufficient(trajectory: Trajectory, correctness: float, group: list[tuple[Trajectory, float]] = ()) -> bool:
-    """Wrong after fewer executed calls than the question needs (world), or than some correct trajectory of its group.
+    """Wrong after fewer executed calls than needed, or without a passage that fits a search of it (world); elsewhere
+    after fewer executed calls than some correct trajectory of its group.
 
     group: (trajectory, correctness) pairs of the same question; not read in the world.
     """
     if correctness > CORRECT:
         return False
-    need = trajectory.meta.get("min_tool_calls")
+    need = needed_calls(trajectory)
+    if need:
+        return executed_calls(trajectory) < need or _rewordings(trajectory)[1]
     if need is None:
         need = max((executed_calls(other) for other, c in group if c > CORRECT), default=0)
     return executed_calls(trajectory) < need

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import rollout
 from common import arg, cli, table, write_text
-from eval.behaviour import rates
+from eval.behaviour import needed_calls, rates
 from eval.grader import score
 from eval.metrics import efficiency, exact_match, extract_answer, f1_et, reasoning_length, successful_execution
 from trajectory import DataError, Trajectory, load_trajectories
@@ -94,7 +94,7 @@ def _metrics(scored: list[tuple[Trajectory, float, bool]]) -> dict[str, float]:
         "malformed": fmean(not formed for _, _, formed in scored),
         "void_turns": behaviour["void"],
     }
-    needed = [t.meta.get("min_tool_calls") for t in trajectories]
+    needed = [needed_calls(t) for t in trajectories]
     if None not in needed:
         metrics["needed_calls"] = fmean(needed)
     if qa := [t for t in trajectories if t.task == "qa"]:
