@@ -68,8 +68,7 @@ STYLE = {
     "no_think_running_sum": 0.5,  # … whatever the length of the sum
     "no_think_function": 0.5,
     "again": 0.2,  # a redundant call is followed by yet another one
-    "wordy": 0.3,  # first thought with empty phrases in front
-    "wordy_later": 0.1,  # … a later one
+    "wordy": 0.2,  # thoughts with empty phrases in front
     "unsure_known": 0.15,  # hedged wording of a belief that is known
     "sure_unknown": 0.25,  # confident wording of a guess
     "step_error": 0.01,  # per written step of a running sum; the steps after it build on the wrong partial

@@ -43,10 +43,16 @@ TERMS = {2: 10, 3: 7, 4: 4, 5: 2, 6: 1, 7: 1, 8: 1}  # how often a running sum h
 
 SURE = ("{v}", "i know {v}", "it is {v}", "{v} i think", "surely {v}")
 UNSURE = ("maybe {v}", "{v}?", "perhaps {v}", "i guess {v}", "maybe {v} or {w}", "not sure, {v} or {w}")
-RESTATED = ("{v}", "so {v}", "it is {v}", "found {v}", "ok {v}")
+# As many ways to restate a result as to state a belief, and to close as to plan: otherwise the choice of words alone
+# would make the entropy fall after every call, needed or not.
+RESTATED = (
+    "{v}", "so {v}", "it is {v}", "found {v}", "ok {v}", "got {v}", "now {v}", "i see {v}", "clearly {v}", "{v} then",
+    "{v} it is", "that says {v}",
+)  # fmt: skip
 PLANS = {
     "search": ("", "", ", look up", ", search it", ", check"),
     "python": ("", "", ", compute", ", run it", ", check"),
+    "answer": ("", "", ", done", ", that is it", ", answer"),
 }
 TERSE = {"search": "look up", "python": "compute", "answer": "done"}
 WORDY = (
@@ -293,9 +299,11 @@ def _thought(plan: Plan, turn: Turn | None, found: str, rng: random.Random) -> s
         hedged = rng.random() < (STYLE["unsure_known"] if known else 1 - STYLE["sure_unknown"])
         parts.append(rng.choice(UNSURE if hedged else SURE).format(v=value, w=other))
     text = ", ".join(parts)
-    if rng.random() < (STYLE["wordy"] if not found else STYLE["wordy_later"]):
+    if rng.random() < STYLE["wordy"]:
         text = " ".join(rng.sample(WORDY, rng.choice((1, 1, 2)))) + " " + text
-    return text + (rng.choice(PLANS[turn.tool]) if turn and not turn.thought else "")
+    if turn and turn.thought:
+        return text
+    return text + rng.choice(PLANS[turn.tool if turn else "answer"])
 
 
 def _running_sum(demo: Demonstration, rng: random.Random) -> None:
