@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+import plan
 from common import RunArgs, arg, cli, seed_of, start_run, table
 from conversation import Draft, RolloutArgs, ToolBox, check_prompts, open_tools, start_draft, to_trajectory
 from critics import CRITICS, CriticName
@@ -35,6 +36,7 @@ from eval.behaviour import CORRECT
 from eval.grader import score
 from model import ModelArgs, device, load_policy
 from operators import OPERATORS, OperatorName
+from plan import PlanArgs
 from rollout import collect_results, complete, drop_torn_line, eos_ids, submit_calls
 from selection import SELECTORS, pareto_select  # noqa: F401  part of the flywheel's interface
 from tools.parse import parse_calls
@@ -45,7 +47,7 @@ COUNTS = ("asked", "none", "malformed", "rejected", "duplicate", "added", "corre
 
 
 @dataclass
-class Args(RolloutArgs, ModelArgs, RunArgs):
+class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     """Flags of a flywheel run; ET-Agent's values stand in the help."""
 
     data: str = arg("", "questions: jsonl, verl parquet or dataset id (required)")
@@ -89,6 +91,8 @@ class Args(RolloutArgs, ModelArgs, RunArgs):
 
 def main(args: Args) -> dict:
     """Run the flywheel, write rft.jsonl and result.json, print the yield of every operator."""
+    if args.dry_run:
+        return dry_run(args)
     run = start_run(args, (args.data,))
     if run.finished:
         print(f"{args.output_dir}: finished before\n{summary(run.finished)}")
@@ -105,6 +109,16 @@ def main(args: Args) -> dict:
     run.finish(result)
     print(summary(result))
     return result
+
+
+def dry_run(args: Args) -> dict:
+    """The plan of this run (plan.py), without the critic's own passes; loads no weights and writes nothing."""
+    questions, prompt, checked = plan.check_questions(args)
+    most = args.num_generations + 3 * args.rounds if args.per_round == "best" else args.max_per_question
+    work = {"data": checked, "trajectories per question, at most": most}
+    if questions:
+        work["trajectories, at most"] = questions * most
+    return plan.dry_run(args, work, prompt, args.rollout_batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------- the rounds

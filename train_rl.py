@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 import distributed
+import plan
 from checkpoint import resume, save_checkpoint
 from common import Run, RunArgs, arg, cli, shuffled, start_run
 from conversation import RolloutArgs, check_prompts, open_tools
@@ -30,7 +31,17 @@ from data.questions import load_questions
 from eval.behaviour import void_turns
 from eval.grader import score
 from losses import ADVANTAGES, MIN_STD, AdvantageName, LossType
-from model import ModelArgs, OptimizerName, add_reference, adamw, device, enable_checkpointing, load_policy, save_adapter
+from model import (
+    ModelArgs,
+    OptimizerName,
+    adamw,
+    add_reference,
+    device,
+    enable_checkpointing,
+    load_policy,
+    save_adapter,
+)
+from plan import PlanArgs
 from rewards import REWARDS, RewardName
 from rollout import rollout
 from trajectory import DataError, Trajectory, groups_of
@@ -38,7 +49,7 @@ from update import micro_batches, reward_spread, update
 
 
 @dataclass
-class Args(RolloutArgs, ModelArgs, RunArgs):
+class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     """Flags of an RL run; the world's values are defaults, the papers' values stand in the help."""
 
     data: str = arg("", "questions: jsonl, verl parquet or dataset id (required)")
@@ -126,6 +137,8 @@ class Args(RolloutArgs, ModelArgs, RunArgs):
 
 def main(args: Args) -> dict:
     """Train; returns (and writes to result.json) the last step's metrics."""
+    if args.dry_run:
+        return dry_run(args)
     with distributed.processes():
         return train(args)
 
@@ -137,11 +150,7 @@ def train(args: Args) -> dict:
         print(f"{args.output_dir}: finished before\n{json.dumps(run.finished, indent=1)}")
         return run.finished
     questions = load_questions(args.data, args.task, args.limit, args.split)
-    if len(questions) < args.questions_per_step:
-        raise DataError(
-            f"--data {args.data} holds {len(questions)} questions, fewer than --questions_per_step "
-            f"{args.questions_per_step}"
-        )
+    check_enough(len(questions), args)
     model, tokenizer = load_policy(args)
     model.to(device())
     check_prompts(questions, tokenizer, args)
@@ -226,6 +235,31 @@ def train(args: Args) -> dict:
         save_adapter(model, tokenizer, run.dir)
         run.finish(result)
     return result
+
+
+def check_enough(questions: int, args: Args) -> None:
+    """Raise DataError if the data cannot fill one step."""
+    if questions < args.questions_per_step:
+        raise DataError(
+            f"--data {args.data} holds {questions} questions, fewer than --questions_per_step {args.questions_per_step}"
+        )
+
+
+def dry_run(args: Args) -> dict:
+    """The plan of this run (plan.py); loads no weights and writes nothing."""
+    questions, prompt, checked = plan.check_questions(args)
+    if questions:
+        check_enough(questions, args)
+    per_step = args.questions_per_step * args.num_generations
+    work = {
+        "data": checked,
+        "steps": args.max_steps,
+        "optimizer steps": args.max_steps * args.num_iterations * args.updates_per_batch,
+        "trajectories per step": per_step,
+        "trajectories": args.max_steps * per_step,
+        "tokens per step, at most": per_step * (prompt + args.max_completion_length),
+    }
+    return plan.dry_run(args, work, prompt, per_step)
 
 
 def question_indices(n: int, step: int, args: Args) -> list[int]:

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,6 +21,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 import distributed
+import memory
+import plan
 from checkpoint import resume, save_checkpoint
 from common import RunArgs, arg, cli, shuffled, start_run
 from conversation import Draft, RolloutArgs, dialect_of, encode, render_prompt, result_text, to_trajectory
@@ -36,11 +39,12 @@ from model import (
     save_adapter,
     token_stats,
 )
+from plan import PlanArgs
 from trajectory import DataError, Trajectory, read_jsonl
 
 
 @dataclass
-class Args(ModelArgs, RunArgs):
+class Args(ModelArgs, PlanArgs, RunArgs):
     """Flags of an SFT run; ET-Agent's values stand in the help."""
 
     data: str = arg("", "jsonl of trajectories, demonstrations or chat messages (required)")
@@ -78,6 +82,8 @@ class Args(ModelArgs, RunArgs):
 
 def main(args: Args) -> dict:
     """Train; returns (and writes to result.json) the first and last loss."""
+    if args.dry_run:
+        return dry_run(args)
     with distributed.processes():
         return train(args)
 
@@ -145,6 +151,21 @@ def train(args: Args) -> dict:
         save_adapter(model, tokenizer, run.dir)
         run.finish(result)
     return result
+
+
+def dry_run(args: Args) -> dict:
+    """The plan of this run (plan.py); loads no weights and writes nothing."""
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    tokenizer = plan.local_tokenizer(args.model_name_or_path)
+    work = {"data": f"{args.data} is not here, or no tokenizer: not checked", "examples per step": per_step}
+    if tokenizer and Path(args.data).is_file():
+        vocabulary = memory.read_config(args.model_name_or_path).vocab_size
+        examples = load_examples(args.data, tokenizer, args, vocabulary)
+        steps = math.ceil(args.num_train_epochs * math.ceil(len(examples) / per_step))
+        work["data"] = f"{len(examples)} examples of up to {max(len(t.token_ids) for t in examples)} tokens"
+        work["steps"] = args.max_steps or steps
+    work["tokens per step, at most"] = per_step * args.max_length
+    return plan.dry_run(args, work)
 
 
 # ---------------------------------------------------------------------------------------------------- examples
@@ -223,9 +244,7 @@ def from_messages(row: dict, tokenizer: PreTrainedTokenizerBase, where: str) -> 
         raise DataError(f"{where}: field 'messages' needs an assistant message after the first")
 
     def render(end: int, opening: bool) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:end], tools=tools, add_generation_prompt=opening, tokenize=False
-        )
+        return tokenizer.apply_chat_template(messages[:end], tools=tools, add_generation_prompt=opening, tokenize=False)
 
     done = render(turns[0], True)
     prompt = encode(tokenizer, done)
