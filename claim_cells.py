@@ -1,0 +1,262 @@
+"""One cell of the claims: a variant's chain of stages for one seed, its evaluation on the held-out questions, its row.
+
+A stage is one of our scripts with flags (claim_list.py). Its folder is named after everything that its result depends
+on (script, flags, the stages before it, the weights of the base), so cells that begin alike share what they have in
+common, and a changed declaration never meets an old result. A folder is worked on by one process at a time (a lock
+that ends with its process), every script resumes, and every file is written whole: a cell may be killed at any moment.
+"""
+
+import fcntl
+import hashlib
+import importlib
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import rollout
+from claim_list import VARIANTS, WORLDS, Variant
+from common import commit, write_text
+from data.world import World, questions
+from data.world_noise import MIX
+from eval.behaviour import insufficient, redundant_calls
+from eval.evaluate import evaluate
+from eval.grader import score
+from tools.search import SearchIndex
+from trajectory import DataError, Trajectory, load_trajectories, read_jsonl, write_jsonl
+
+EVAL_SEED = 10_000  # of held-out questions, their noise and their samples; training uses small seeds
+PROBES = 8  # no-think samples of the base per question; an item is hard if fewer than half are right [DESIGN 4]
+TRAINING = ("train_rl", "train_sft", "curriculum")  # scripts whose folder is the model of the stages after them
+CURVES = ("reward", "rewards/correct/mean", "tools/call_frequency", "completions/mean_length", "entropy", "think_rate",
+          "frac_reward_zero_std", "beta_long")  # fmt: skip
+EVERY = 10  # steps between the points of a row's curves
+
+
+class Job(NamedTuple):
+    """A stage with everything filled in; `output` is the folder or file that it makes."""
+
+    folder: Path
+    script: str
+    flags: dict[str, Any]
+    output: str
+
+    @property
+    def done(self) -> Path:
+        """Written when the stage has finished; holds the seconds that its last session took."""
+        return self.folder.with_name(self.folder.name + ".done.json")
+
+
+class Cell(NamedTuple):
+    """A (variant, seed) with its stages; `digest` stands for all that its row depends on besides the code."""
+
+    variant: str
+    seed: int
+    jobs: list[Job]
+    files: dict[str, str]
+    digest: str
+
+
+def plan_cell(name: str, seed: int, args: Any) -> Cell:
+    """Fill in a variant's stages; nothing is created. args: the flags of claims.py."""
+    variant: Variant = VARIANTS[name]
+    files = world_files(variant.world, seed, args)
+    model, jobs, names = args.base, [], {**files, "base": args.base, "seed": seed}
+    for stage in variant.stages:
+        jobs.append(_job(stage.name, stage.script, stage.flags, model, names, args))
+        names[stage.name] = jobs[-1].output
+        model = jobs[-1].output if stage.script in TRAINING else model
+    flags = {"data": files["held_out"], "num_generations": 1, "seed": EVAL_SEED + seed, "noise_seed": EVAL_SEED}
+    jobs.append(_job("evaluate", "rollout", flags | variant.evaluate, model, names, args))
+    return Cell(name, seed, jobs, files, jobs[-1].folder.name.rpartition("-")[2])
+
+
+def _job(name: str, script: str, declared: dict, model: str, names: dict, args: Any) -> Job:
+    """The job of a stage: declared flags over those that all stages share, as far as the script has them."""
+    cls = importlib.import_module(script).Args
+    known, noise = {f.name for f in fields(cls)}, float(names["noise"])
+    shared = {"model_name_or_path": model, "data": names["train"], "index": names["index"], "search_top_k": 1,
+              "noise": noise, "noise_seed": names["seed"], "seed": names["seed"], "threads": 1,
+              "max_completion_length": 256, "python_timeout": 60.0, "max_tool_seconds": 600.0}  # fmt: skip
+    flags = {k: v for k, v in shared.items() if k in known}
+    flags |= {k: v.format(**names) if isinstance(v, str) else v for k, v in declared.items()}
+    if args.max_steps and "max_steps" in flags:
+        flags["max_steps"] = min(args.max_steps, flags["max_steps"])
+    root = Path(args.output_dir)
+    text = json.dumps([script, flags], sort_keys=True).replace(str(root) + "/", "")
+    digest = _digest(text.replace(json.dumps(args.base), json.dumps(base_digest(args.base))).encode())
+    folder = root / f"seed-{names['seed']}" / f"{name}-{digest}"
+    flag, output = ("output_dir", str(folder)) if "output_dir" in known else ("output", str(folder / "out.jsonl"))
+    return Job(folder, script, flags | {flag: output}, output)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:10]
+
+
+def base_digest(base: str) -> str:
+    """Stands for the weights of the base in every folder's name; DataError if there are none."""
+    weights = Path(base) / "model.safetensors"
+    if not weights.is_file():
+        raise DataError(f"--base {base}: no model.safetensors there")
+    return _digest(weights.read_bytes())
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def run_cell(cell: Cell, args: Any) -> dict:
+    """Run what is missing of a cell and return its row, which is also written to its file under --output_dir."""
+    path = row_file(cell, args)
+    if path.exists():
+        return json.loads(path.read_text())
+    prepare_world(cell, args)
+    seconds = sum(run_job(job) for job in cell.jobs)
+    world = WORLDS[VARIANTS[cell.variant].world]
+    hard = hard_ids(cell.files["held_out_probe"]) if world.easy_share is not None else None
+    row = {"variant": cell.variant, "seed": cell.seed, "digest": cell.digest, "commit": commit(), "threads": 1}
+    row |= {"base": base_digest(args.base), "seconds": round(seconds, 1)}
+    row |= measure(load_trajectories(cell.jobs[-1].output), hard) | {"curves": curves(cell.jobs)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(row) + "\n")
+    return row
+
+
+def row_file(cell: Cell, args: Any) -> Path:
+    """Where a cell leaves its row."""
+    return Path(args.output_dir) / "rows" / f"{cell.variant}-{cell.seed}-{cell.digest}.json"
+
+
+def run_job(job: Job) -> float:
+    """Run a stage unless it is finished; returns the seconds its last session took."""
+    with locked(job.folder):
+        if not job.done.exists():
+            print(f"== {job.folder.name}: {job.script}", flush=True)
+            module, started = importlib.import_module(job.script), time.monotonic()
+            flags = job.flags
+            if job.script == "selection":  # writes its file at once, and not over an older one
+                flags = flags | {"overwrite": True}
+                job.folder.mkdir(exist_ok=True)
+            module.main(module.Args(**flags))
+            write_text(job.done, json.dumps({"seconds": round(time.monotonic() - started, 1)}) + "\n")
+        return json.loads(job.done.read_text())["seconds"]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock beside a path; it is free again when this process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------- worlds
+
+
+def world_files(name: str, seed: int, args: Any) -> dict[str, str]:
+    """Paths of a world's files by placeholder: index, train, held_out, and what the base's probes need; and its noise.
+
+    The held-out questions are the same for all seeds.
+    """
+    world, root = WORLDS[name], Path(args.output_dir) / "worlds" / f"{args.preset}-{base_digest(args.base)}"
+    held_out, pool = f"{world.families}-{args.eval_questions}-held_out", f"{world.families}-{args.train_questions}"
+    train = f"{pool}-seed-{seed}" if world.easy_share is None else f"{pool}-easy-{world.easy_share}-seed-{seed}"
+    names = {"held_out": held_out, "held_out_probe": f"{held_out}-probe", "pool": f"{pool}-pool",
+             "pool_probe": f"{pool}-pool-probe", "train": train}  # fmt: skip
+    paths = {key: str(root / f"{file}.jsonl") for key, file in names.items()}
+    return {**paths, "index": str(root / "index"), "noise": str(world.noise)}
+
+
+def prepare_world(cell: Cell, args: Any) -> None:
+    """Make the files of a cell's world that are missing."""
+    files, world = cell.files, WORLDS[VARIANTS[cell.variant].world]
+    with locked(Path(files["index"])):  # one lock for all of them
+        if not Path(files["index"]).exists():
+            unfinished = Path(files["index"] + ".tmp")
+            SearchIndex.build(World(args.preset).passages(), progress=False).save(unfinished)
+            unfinished.rename(files["index"])
+        draw(files["held_out"], world.families, args.eval_questions, EVAL_SEED, args)
+        if world.easy_share is None:
+            draw(files["train"], world.families, args.train_questions, cell.seed, args)
+            return
+        draw(files["pool"], world.families, args.train_questions, 0, args)
+        probe(files["pool"], files["pool_probe"], args)
+        probe(files["held_out"], files["held_out_probe"], args)
+        if not Path(files["train"]).exists():
+            rows = [row for _, row in read_jsonl(files["pool"])]
+            write_jsonl(files["train"], easy_mix(rows, hard_ids(files["pool_probe"]), world.easy_share, cell.seed))
+
+
+def draw(path: str, families: str, n: int, seed: int, args: Any) -> None:
+    """Draw a question file if it is not there."""
+    if not Path(path).exists():
+        chosen = MIX if families == "noisy" else tuple(families.split(","))
+        write_jsonl(path, questions(World(args.preset), n, seed, chosen))
+
+
+def probe(data: str, output: str, args: Any) -> None:
+    """PROBES samples of the base without thinking for every question of a file."""
+    flags = {"model_name_or_path": args.base, "data": data, "output": output, "mode": "no_think", "threads": 1}
+    rollout.main(rollout.Args(**flags, num_generations=PROBES, max_completion_length=256))
+
+
+def hard_ids(probes: str) -> set[str]:
+    """Questions that the base answers right in fewer than half of its samples without thinking."""
+    scores: dict[str, list[float]] = {}
+    for t in load_trajectories(probes):
+        scores.setdefault(t.question_id, []).append(score(t)[0])
+    return {i for i, values in scores.items() if fmean(values) < 0.5}
+
+
+def easy_mix(rows: list[dict], hard: set[str], easy_share: float, seed: int) -> list[dict]:
+    """As many of the rows as give this share of easy ones, drawn by the seed; DataError if one kind is missing."""
+    easy, difficult = [r for r in rows if r["id"] not in hard], [r for r in rows if r["id"] in hard]
+    n = int(min(len(easy) / easy_share, len(difficult) / (1 - easy_share)))
+    if not easy or not difficult:
+        raise DataError(f"of {len(rows)} training questions {len(difficult)} are hard for the base: no mix of both")
+    rng, n_easy = random.Random(f"easy mix {seed}"), round(n * easy_share)
+    chosen = rng.sample(easy, n_easy) + rng.sample(difficult, n - n_easy)
+    rng.shuffle(chosen)
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def measure(trajectories: list[Trajectory], hard: set[str] | None) -> dict:
+    """metrics and families as in metrics.json; and one value per held-out question, in the order of their ids."""
+    result = evaluate(trajectories)
+    trajectories = sorted(trajectories, key=lambda t: t.question_id)
+    correct = [score(t)[0] for t in trajectories]
+    columns = {
+        "correctness": [round(c, 4) for c in correct],
+        "efficiency": [round(c / max(t.n_calls, 1), 4) for t, c in zip(trajectories, correct)],
+        "calls": [t.n_calls for t in trajectories],
+        "redundant": [int(redundant_calls(t) > 0) for t in trajectories],
+        "insufficient": [int(insufficient(t, c)) for t, c in zip(trajectories, correct)],
+        "tokens": [t.completion_tokens for t in trajectories],
+        "thinking": [int(t.mode == "think") for t in trajectories],
+    }
+    if hard is not None:
+        columns["hard"] = [int(t.question_id in hard) for t in trajectories]
+        columns["easy"] = [1 - h for h in columns["hard"]]
+    asked = _digest("\n".join(t.question_id + t.question for t in trajectories).encode())
+    return {"metrics": result["all"], "families": result["families"], "asked": asked, "questions": columns}
+
+
+def curves(jobs: list[Job]) -> dict[str, list]:
+    """Training metrics of the last RL stage, at every EVERY-th step and the last one."""
+    folders = [job.folder for job in jobs if job.script == "train_rl"]
+    if not folders:
+        return {}
+    log = [json.loads(line) for line in (folders[-1] / "metrics.jsonl").read_text().splitlines()]
+    points = [row for row in log if row["step"] % EVERY == 1 or row is log[-1]]
+    return {"step": [row["step"] for row in points]} | {
+        key: [round(row[key], 4) for row in points] for key in CURVES if key in log[0]
+    }

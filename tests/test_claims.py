@@ -1,0 +1,249 @@
+"""Claims: declarations, cells that share stages, rows and verdicts from hand-made rows, a real run killed and resumed.
+
+    python -m pytest tests/test_claims.py
+"""
+
+import fcntl
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import claims
+from claim_cells import EVAL_SEED, easy_mix, locked, plan_cell, row_file, run_cell
+from claim_list import CLAIMS, VARIANTS, WORLDS, Claim
+from claims import cells_of, collect_rows, decide, next_cell, run_missing
+from common import parse_args
+from trajectory import DataError, read_jsonl
+
+COLUMNS = {"correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking"}
+CLAIM = Claim("here", "x", "calls", -1, 0.5, 0.01, (("rl_et", "rl_correct"),))
+
+
+@pytest.fixture
+def flags(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(b"weights")
+    return dict(output_dir=str(tmp_path / "out"), results=str(tmp_path / "results"), base=str(base))
+
+
+# ---------------------------------------------------------------------------------------------------- declarations
+
+
+def test_every_variant_is_one_that_its_scripts_accept(flags):
+    args = claims.Args(full=True, **flags)
+    for name in VARIANTS:
+        for job in plan_cell(name, 1, args).jobs:
+            importlib.import_module(job.script).Args(**job.flags)
+            assert not [v for v in job.flags.values() if isinstance(v, str) and "{" in v], (name, job)
+
+
+def test_claims_compare_variants_of_one_world_by_columns_that_rows_have():
+    for name, claim in CLAIMS.items():
+        for pair in claim.pairs:
+            first, second = (VARIANTS[v].world for v in pair)
+            families = {WORLDS[first].families, WORLDS[second].families}
+            column, _, subset = claim.metric.partition("|")
+            assert len(families) == 1 and column in COLUMNS and claim.sign in (1, -1), name
+            assert not subset or (subset in ("hard", "easy") and WORLDS[first].easy_share is not None), name
+            assert claim.margin is None or claim.metric != "correctness", name
+    used = {v for claim in CLAIMS.values() for pair in claim.pairs for v in pair}
+    assert used == set(VARIANTS), set(VARIANTS) ^ used
+
+
+def test_cells_share_the_stages_they_have_in_common(flags, tmp_path):
+    args = claims.Args(full=True, **flags)
+    short, long, other_seed = (plan_cell(*c, args) for c in (("rft", 0), ("rft_rl_et", 0), ("rft", 1)))
+    assert [j.folder for j in short.jobs[:2]] == [j.folder for j in long.jobs[:2]]
+    assert long.jobs[2].flags["model_name_or_path"] == long.jobs[1].output
+    assert long.jobs[1].flags["data"] == long.jobs[0].output + "/rft.jsonl"
+    assert not {j.folder for j in short.jobs} & {j.folder for j in other_seed.jobs}
+    assert short.digest != long.digest
+    assert long.jobs[-1].flags["data"] == other_seed.jobs[-1].flags["data"]  # the same held-out questions
+    assert long.jobs[-1].flags["seed"] == EVAL_SEED and other_seed.jobs[-1].flags["seed"] == EVAL_SEED + 1
+    elsewhere = claims.Args(full=True, **flags | {"output_dir": str(tmp_path / "other")})
+    assert plan_cell("rft", 0, elsewhere).digest == short.digest
+    smaller = claims.Args(full=True, **flags, max_steps=2)
+    assert plan_cell("rft", 0, smaller).digest != short.digest
+    assert plan_cell("rft_rl_et", 0, smaller).jobs[2].flags["max_steps"] == 2
+    (Path(flags["base"]) / "model.safetensors").write_bytes(b"other weights")
+    assert plan_cell("rft", 0, args).digest != short.digest
+
+
+def test_no_two_stages_of_different_flags_share_a_folder(flags):
+    args, seen = claims.Args(full=True, **flags), {}
+    for cell in cells_of(CLAIMS, args).values():
+        for job in cell.jobs:
+            assert seen.setdefault(job.folder, (job.script, job.flags)) == (job.script, job.flags)
+
+
+def test_easy_mix_has_the_share_asked_for():
+    rows, hard = [{"id": str(i)} for i in range(100)], {str(i) for i in range(70)}
+    for share, n in ((0.35, 85), (0.85, 35)):  # 30 easy ones are there: 30 / .35 = 85, 30 / .85 = 35
+        mix = easy_mix(rows, hard, share, 0)
+        assert len(mix) == n == len({r["id"] for r in mix})
+        assert sum(r["id"] not in hard for r in mix) == round(n * share)
+        assert mix == easy_mix(rows, hard, share, 0) != easy_mix(rows, hard, share, 1)
+    with pytest.raises(DataError, match="no mix of both"):
+        easy_mix(rows, {r["id"] for r in rows}, 0.5, 0)
+
+
+# ---------------------------------------------------------------------------------------------------- rows, verdicts
+
+
+def row(variant, seed, calls, correct=(1, 1, 0, 1), asked="a", **columns):
+    questions = {"calls": list(calls), "correctness": list(correct), **columns}
+    metrics = {name: 0.5 for name in claims.SHOWN}
+    return {"variant": variant, "seed": seed, "commit": "c", "asked": asked, "questions": questions, "metrics": metrics}
+
+
+def rows_of(*made):
+    return {(r["variant"], r["seed"]): r for r in made}
+
+
+def test_decide_on_rows_with_a_known_difference():
+    made = [row("rl_et", s, (1, 1, 1, 1)) for s in range(5)] + [row("rl_correct", s, (2, 2, 2, 2)) for s in range(5)]
+    assert decide(CLAIM, CLAIM.pairs[0], rows_of(*made), 5) == [
+        "rl_et", "rl_correct", 5, "-1.000 [-1.000, -1.000]", "+0.000 [+0.000, +0.000]", "holds"]  # fmt: skip
+    assert decide(CLAIM._replace(sign=+1), CLAIM.pairs[0], rows_of(*made), 5)[-1] == "fails"
+    assert decide(CLAIM._replace(at_least=1.5), CLAIM.pairs[0], rows_of(*made), 5)[-1] == "fails"
+    wrong = [row("rl_et", s, (1, 1, 1, 1), correct=(1, 0, 0, 0)) for s in range(5)] + made[5:]
+    assert decide(CLAIM, CLAIM.pairs[0], rows_of(*wrong), 5)[-1] != "holds"
+    assert decide(CLAIM._replace(margin=None), CLAIM.pairs[0], rows_of(*wrong), 5)[-1] == "holds"
+
+
+def test_missing_seeds_leave_a_claim_undecided():
+    made = [row("rl_et", s, (1, 1, 1, 1)) for s in range(5)] + [row("rl_correct", s, (2, 2, 2, 2)) for s in (0, 2, 4)]
+    assert decide(CLAIM, CLAIM.pairs[0], rows_of(*made), 5)[2:] == [
+        3, "-1.000 [-1.000, -1.000]", "+0.000 [+0.000, +0.000]", "undecided (3 of 5 seeds)"]  # fmt: skip
+    assert decide(CLAIM, CLAIM.pairs[0], rows_of(*made[:5]), 5)[-1] == "not run"
+
+
+def test_only_answers_to_the_same_questions_are_compared():
+    made = [row("rl_et", 0, (1, 1, 1, 1)), row("rl_correct", 0, (1, 1, 1, 1), asked="b")]
+    with pytest.raises(DataError, match="different questions"):
+        decide(CLAIM, CLAIM.pairs[0], rows_of(*made), 1)
+
+
+def test_a_subset_of_the_questions():
+    made = [row("a", 0, (1, 5, 5, 3), hard=[1, 0, 0, 1]), row("b", 0, (0, 9, 9, 0), hard=[1, 0, 0, 1])]
+    assert claims.difference(made[:1], made[1:], "calls|hard").mean == 2.0  # (1 − 0 + 3 − 0) / 2
+
+
+def test_report_and_rows_file(flags):
+    args = claims.Args(only=["et_beats_simple_rules"], seeds=2, **flags)
+    cells = cells_of({"et_beats_simple_rules": CLAIMS["et_beats_simple_rules"]}, args)
+    columns = dict(efficiency=[1, 1, 1, 1])
+    for (variant, seed), cell in cells.items():
+        if (variant, seed) != ("rl_cap_2", 1):
+            made = row(variant, seed, (1, 1, 1, 1), **columns) | {"digest": cell.digest}
+            row_file(cell, args).parent.mkdir(parents=True, exist_ok=True)
+            row_file(cell, args).write_text(json.dumps(made))
+    rows = collect_rows(cells, args)
+    assert list(rows) == [("rl_et", 0), ("rl_cap_2", 0), ("rl_et", 1)]
+    stored = [r for _, r in read_jsonl(Path(flags["results"]) / "rows.jsonl")]
+    assert {(r["variant"], r["seed"]) for r in stored} == set(rows)
+    claims.write_report({"et_beats_simple_rules": CLAIMS["et_beats_simple_rules"]}, cells, rows, args)
+    report = (Path(flags["results"]) / "report.md").read_text()
+    assert "Not run: rl_cap_2/1." in report and "undecided (1 of 2 seeds)" in report
+    assert "rl_cap_2/1" in claims.listing({"et_beats_simple_rules": CLAIMS["et_beats_simple_rules"]}, cells, rows)
+    elsewhere = claims.Args(**vars(args) | {"output_dir": flags["output_dir"] + "2"})  # the rows alone are enough
+    assert collect_rows(cells_of(CLAIMS, elsewhere), elsewhere) == rows
+    scaled = claims.Args(**vars(args) | {"max_steps": 1})  # rows of another scale are kept and not used
+    assert collect_rows(cells_of(CLAIMS, scaled), scaled) == {}
+    assert len((Path(flags["results"]) / "rows.jsonl").read_text().splitlines()) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- scheduling
+
+
+def test_no_worker_waits_for_a_stage_of_another(flags):
+    args = claims.Args(full=True, **flags)
+    rft, longer, other = (plan_cell(*c, args) for c in (("rft", 0), ("rft_rl_et", 0), ("rft", 1)))
+    assert next_cell([longer, other], [rft]) == other
+    assert next_cell([longer], [rft]) is None and next_cell([longer], []) == longer
+    for job in rft.jobs[:2]:
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        job.done.write_text("{}")
+    assert next_cell([longer], [rft]) == longer  # what they share is finished
+
+
+def test_a_lock_keeps_others_out_and_ends(tmp_path):
+    with locked(tmp_path / "stage"), open(tmp_path / "stage.lock") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(tmp_path / "stage"):
+        pass
+
+
+def test_time_limit_and_failures(flags, monkeypatch):
+    args = claims.Args(full=True, **flags, workers=2, max_minutes=0.02)
+    cells = [plan_cell("rl_et", s, args) for s in range(3)]
+    stopped = "import signal, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open({!r}, 'w').write('x')"
+    marks = [Path(flags["base"]) / f"mark{k}" for k in range(2)]
+    made = iter(marks)
+    monkeypatch.setattr(
+        claims, "start", lambda cell, args: subprocess.Popen([sys.executable, "-c", stopped.format(str(next(made)))])
+    )
+    started = time.monotonic()
+    assert run_missing(cells, args) == [] and time.monotonic() - started < 40
+    assert all(mark.exists() for mark in marks)  # both were running, and stopped as by Ctrl-C
+    codes = iter((0, 3, 0))
+    monkeypatch.setattr(claims, "start", lambda cell, args: subprocess.Popen(["sh", "-c", f"exit {next(codes)}"]))
+    problems = run_missing(cells, claims.Args(full=True, **flags))
+    assert len(problems) == 1 and "rl_et/1 (exit code 3" in problems[0]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "choose what to run"),
+        (["--only", "nothing"], "unknown claim 'nothing'"),
+        (["--cell", "rl_et"], "not VARIANT/SEED"),
+        (["--full", "--workers", "0"], "--workers must be at least 1"),
+    ],
+)
+def test_bad_flags(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(claims.Args, argv)
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_two_cells_killed_in_training_end_with_the_same_rows(tmp_path):
+    if not Path("data/tiny/model.safetensors").exists():
+        pytest.skip("data/tiny is not there")
+    flags = dict(only=["et_beats_simple_rules"], seeds=1, max_steps=2, train_questions=24, eval_questions=12, workers=2)
+
+    def rows_in(folder, killed):
+        args = claims.Args(**flags, output_dir=str(folder / "out"), results=str(folder / "results"))
+        cells = cells_of({name: CLAIMS[name] for name in flags["only"]}, args)
+        if killed:
+            kill_in_training(args, [cell.jobs[0].folder for cell in cells.values()])
+        for cell in cells.values():
+            run_cell(cell, args)
+        assert claims.main(args) != {}  # nothing left to run: rows and report
+        return [r | {"seconds": 0} for _, r in read_jsonl(folder / "results" / "rows.jsonl")]
+
+    whole = rows_in(tmp_path / "whole", killed=False)
+    assert len(whole) == 2 and whole == rows_in(tmp_path / "killed", killed=True)
+
+
+def kill_in_training(args, folders):
+    """Start the real command with two workers and SIGKILL all of it once a run has logged its first step."""
+    words = [w for n in claims.PASSED_ON for w in (f"--{n}", str(getattr(args, n)))]
+    words += ["--only", *args.only, "--results", args.results, "--seeds", "1", "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "claims.py", *words], start_new_session=True)
+    limit = time.monotonic() + 300
+    while not any((f / "metrics.jsonl").exists() for f in folders) and time.monotonic() < limit:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(Path(args.output_dir).glob("rows/*"))
