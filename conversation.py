@@ -54,7 +54,11 @@ TOOL_SCHEMAS = [  # declared to hermes models for questions that bring no functi
 class RolloutArgs:
     """Flags of sampling and tools; train_rl.py, flywheel.py and eval/evaluate.py share them."""
 
-    engine: Literal["hf", "fast"] = arg("hf", "sampler: hf = generate, the reference; fast = engine.py")
+    engine: Literal["hf", "fast", "openai"] = arg(
+        "hf", "sampler: hf = generate, the reference; fast = engine.py; openai = a server (not in RL)"
+    )
+    base_url: str = arg("", "engine openai: the server, such as http://localhost:8000/v1; key in OPENAI_API_KEY")
+    served_model_name: str = arg("", "engine openai: the model's name there; default: --model_name_or_path")
     num_generations: int = arg(8, "G, trajectories per question")
     max_prompt_length: int = arg(2048, "longest prompt, in tokens; a longer one is an error before any work")
     max_completion_length: int = arg(512, "response budget in tokens, tool results included")
@@ -90,6 +94,8 @@ class RolloutArgs:
             raise ValueError(f"--noise must be from 0 to 1, not {self.noise}")
         if self.noise and (not self.index or self.search_top_k != 1):
             raise ValueError(f"--noise {self.noise} needs an --index and --search_top_k 1")
+        if (self.engine == "openai") != self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"--engine {self.engine} does not go with --base_url {self.base_url!r}")
         if self.engine == "fast" and self.repetition_penalty != 1.0:
             raise ValueError(f"--repetition_penalty {self.repetition_penalty} needs --engine hf")
 

@@ -25,6 +25,7 @@ from eval.behaviour import duplicate_calls, unused_calls
 from model import collate, token_stats
 from operators import Finding, Step, steps_of, thoughts_of
 from rollout import generate_turn, sampling_mode
+from tools.client import ServerError, request_json
 from tools.parse import parse_calls, spans_of
 from trajectory import DataError, Trajectory
 
@@ -302,23 +303,22 @@ def ask_endpoint(prompts: list[str], a: Any) -> list[str]:
 
     DataError if the server cannot be reached or refuses: the same command goes on later, nothing is lost.
     """
-    from huggingface_hub import InferenceClient
-
-    key = os.environ.get("CRITIC_API_KEY", "none")  # never the user's hub token, which is the client's own default
-    client = InferenceClient(base_url=a.critic_base_url, api_key=key, timeout=300)
+    url, key = a.critic_base_url.rstrip("/"), os.environ.get("CRITIC_API_KEY", "none")
+    fixed = {"max_tokens": a.critic_max_tokens, "temperature": 0.0, "seed": a.seed}
+    fixed |= {"model": a.critic_model} if a.critic_model else {}
 
     def one(prompt: str) -> str:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
-        reply = client.chat_completion(
-            messages, model=a.critic_model or None, max_tokens=a.critic_max_tokens, temperature=0.0, seed=a.seed
-        )
-        return reply.choices[0].message.content or ""
+        reply = request_json(f"{url}/chat/completions", {"messages": messages, **fixed}, key, timeout=300, retries=2)
+        return reply["choices"][0]["message"]["content"] or ""
 
     with ThreadPoolExecutor(a.critic_batch_size) as pool:
         try:
             return list(tqdm(pool.map(one, prompts), total=len(prompts), desc="critic", leave=False))
-        except Exception as e:  # the client and its transport share no base class of errors
-            raise DataError(f"--critic_base_url {a.critic_base_url}: {type(e).__name__}: {e}") from None
+        except ServerError as e:
+            raise DataError(f"--critic_base_url {e}") from None
+        except (KeyError, IndexError, TypeError) as e:
+            raise DataError(f"--critic_base_url {url}: not an answer of a chat endpoint: {e!r}") from None
 
 
 # name -> (model, tokenizer, args) -> Critic

@@ -34,10 +34,10 @@ from critics import CRITICS, CriticName
 from data.questions import Question, load_questions
 from eval.behaviour import CORRECT
 from eval.grader import score
-from model import ModelArgs, device, load_policy
+from model import ModelArgs
 from operators import OPERATORS, OperatorName
 from plan import PlanArgs
-from rollout import collect_results, complete, drop_torn_line, eos_ids, submit_calls
+from rollout import collect_results, complete, drop_torn_line, eos_ids, load_sampler, submit_calls
 from selection import SELECTORS, pareto_select  # noqa: F401  part of the flywheel's interface
 from tools.parse import parse_calls
 from trajectory import DataError, Trajectory, read_jsonl, save_trajectories
@@ -85,6 +85,12 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
             raise ValueError(f"--operators {unknown[0]!r} is not one of {get_args(OperatorName)}")
         if self.mode != "auto":
             raise ValueError(f"--mode {self.mode}: an edit may replace the forced opening; the flywheel needs auto")
+        if self.engine == "openai" and (
+            self.critic == "entropy" or self.critic == "model" and not self.critic_base_url
+        ):
+            raise ValueError(
+                f"--engine openai has no model here for --critic {self.critic}: use rule, or model at --critic_base_url"
+            )
         if self.critic_base_url and self.critic != "model":
             raise ValueError(f"--critic_base_url goes with --critic model, not {self.critic}")
 
@@ -98,8 +104,7 @@ def main(args: Args) -> dict:
         print(f"{args.output_dir}: finished before\n{summary(run.finished)}")
         return run.finished
     questions = load_questions(args.data, args.task, args.limit, args.split)
-    model, tokenizer = load_policy(args, trainable=False)
-    model.to(device())
+    model, tokenizer = load_sampler(args)
     check_prompts(questions, tokenizer, args)
     with open_tools(args) as toolbox:
         log = evolve(run.dir, questions, model, tokenizer, args, toolbox)

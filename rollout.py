@@ -18,7 +18,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -245,7 +245,7 @@ def complete(
     args: RolloutArgs,
     toolbox: ToolBox,
 ) -> None:
-    """Sample every draft to its end, by `--engine`: engine.py, or here turn by turn in batches of `rollout_batch_size`.
+    """Sample every draft to its end, by `--engine`: engine.py, engine_openai.py, or here turn by turn in batches.
 
     The batches take turns in a fixed order, so the tool calls of one run while the next one generates.
     """
@@ -253,6 +253,11 @@ def complete(
         import engine  # here, because engine.py builds on this module
 
         engine.complete(model, tokenizer, drafts, args, toolbox)
+        return
+    if args.engine == "openai":
+        import engine_openai  # for the same reason
+
+        engine_openai.complete(model, tokenizer, drafts, args, toolbox)
         return
     eos, size = set(eos_ids(model, tokenizer)), args.rollout_batch_size
     with sampling_mode(model), ThreadPoolExecutor(args.tool_workers) as pool:
@@ -267,6 +272,16 @@ def complete(
             if live:
                 generate_turn(model, tokenizer, live, args)
                 batches.append((live, submit_calls(live, toolbox, args, eos, pool)))
+
+
+def load_sampler(args: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """(policy on its device, or the server of `--engine openai`; tokenizer): what `complete` samples from."""
+    if args.engine == "openai":
+        import engine_openai
+
+        return engine_openai.connect(args)
+    model, tokenizer = load_policy(args, trainable=False)
+    return model.to(device()), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -296,7 +311,7 @@ def main(args: Args) -> list[Trajectory]:
     """Roll out a question file into a trajectory file, group by group; a killed run goes on where it stopped."""
     torch.set_num_threads(args.threads)
     output, config = Path(args.output), Path(args.output + ".config.json")
-    settings = {k: v for k, v in asdict(args).items() if k != "overwrite"}
+    settings = {k: v for k, v in asdict(args).items() if k not in ("overwrite", "base_url")}  # a server may move
     done: list[Trajectory] = []
     if output.exists() and not args.overwrite:
         if not config.exists() or json.loads(config.read_text()) != settings:
@@ -309,24 +324,31 @@ def main(args: Args) -> list[Trajectory]:
     todo = [q for q in questions if q.id not in complete_ids]
     if not todo:
         return done
-    model, tokenizer = load_policy(args, trainable=False)
-    model.to(device())
+    model, tokenizer = load_sampler(args)
     check_prompts(questions, tokenizer, args)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(config, json.dumps(settings, indent=1) + "\n")
-    waves = 4 if args.engine == "fast" else 1  # more drafts than slots at a time, so that free slots are refilled
+    waves = 1 if args.engine == "hf" else 4  # more drafts than slots at a time, so that free slots are refilled
     per_batch = max(waves * args.rollout_batch_size // args.num_generations, 1)
     save_trajectories(output, done)
     with open_tools(args) as toolbox, open(output, "a", encoding="utf-8") as out:
         bar = tqdm(total=len(questions), initial=len(questions) - len(todo), desc="rollout", unit="question")
         for at in range(0, len(todo), per_batch):
-            group = rollout(model, tokenizer, todo[at : at + per_batch], args, toolbox, (args.seed,))
-            out.writelines(t.to_json() + "\n" for t in group)
-            out.flush()
+            chunk = todo[at : at + per_batch]
+            drafts = [
+                start_draft(q, i, tokenizer, args, (args.seed,)) for q in chunk for i in range(args.num_generations)
+            ]
+            try:
+                complete(model, tokenizer, drafts, args, toolbox)
+            finally:  # a server that went away leaves whole groups, which are kept
+                broken = {d.question.id for d in drafts if d.finish is None}
+                group = [to_trajectory(d, tokenizer) for d in drafts if d.question.id not in broken]
+                out.writelines(t.to_json() + "\n" for t in group)
+                out.flush()
             done += group
             calls = sum(t.n_calls for t in done) / len(done)
             bar.set_postfix(calls=f"{calls:.2f}", tokens=f"{sum(t.completion_tokens for t in done) / len(done):.0f}")
-            bar.update(min(per_batch, len(todo) - at))
+            bar.update(len(chunk))
         bar.close()
     return done
 

@@ -102,6 +102,8 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
         for flag, plain in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):
             if getattr(self, flag) != plain:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: RL samples by temperature only, as it scores")
+        if self.engine == "openai":
+            raise ValueError("--engine openai: RL samples from the policy it trains; use hf or fast")
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: RL needs a positive temperature")
         for flag in ("questions_per_step", "updates_per_batch", "num_iterations", "max_steps", "save_steps"):

@@ -9,19 +9,17 @@ answer the same two calls, `search(query, k)` and `search_many(queries, k)`.
 
 import argparse
 import functools
-import http.client
 import json
 import mmap
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from tools.client import ServerError, request_json
 from tools.python import ToolResult
 from trajectory import DataError, read_jsonl
 
@@ -217,22 +215,10 @@ class SearchClient:
             raise SearchError(f"{self.url} does not speak {self.protocol}: {e!r}") from None
 
     def _request(self, path: str, body: dict | None):
-        """GET (no body) or POST JSON; tries again on anything but a client error."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return json.loads(reply.read())
-            except urllib.error.HTTPError as e:
-                problem = f"HTTP {e.code} {e.read(200).decode('utf-8', 'replace')}"
-                if e.code < 500:
-                    break
-            except (OSError, http.client.HTTPException, ValueError) as e:
-                problem = str(getattr(e, "reason", e)) or type(e).__name__
-        raise SearchError(f"{self.url}{path} after {attempt + 1} attempts: {problem}")
+        try:
+            return request_json(self.url + path, body, "", self.timeout, self.retries, self.backoff)
+        except ServerError as e:
+            raise SearchError(str(e)) from None
 
 
 def _words(text: str, stop_words: frozenset[str]) -> list[str]:
