@@ -1,17 +1,23 @@
 """Reward formulas of the papers as pure numbers, and the table that train_rl.py picks from.
 
-A formula takes one group (the G trajectories of a question) as plain lists and knows nothing of tokens or models.
+A formula takes plain numbers (of one trajectory, or lists over its group) and knows nothing of tokens or models.
 An adapter in `REWARDS` reads those lists from trajectories. A new reward is one function, one line in `REWARDS` and
 one entry in `RewardName`. Every reward is a dict of named terms; "total" is what is optimised, all are logged.
 """
 
 import math
+import random
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
+from entropy import call_turns, reducing, segment_entropies
+from eval.behaviour import CORRECT, call_labels
 from trajectory import Trajectory
 
-RewardName = Literal["correct", "et_agent"]
+RewardName = Literal[
+    "correct", "et_agent", "autotool", "entropy_sparse", "entropy_dense", "calls_penalty", "length_penalty"
+]
+Indicator = Literal["entropy", "reference", "oracle", "random"]
 
 
 def et_agent(
@@ -55,6 +61,77 @@ def _falling_sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(x)) if x < 0 else math.exp(-x) / (1 + math.exp(-x))
 
 
+def autotool(correct: bool, think: bool, well_formed: bool) -> float:
+    """Asymmetric reward [2603.13348; PAPERS B3]: right +1 without and +0.5 with thinking, wrong −1 and −0.5.
+
+    −1 for a malformed response, whatever it answers.
+    """
+    if not well_formed:
+        return -1.0
+    return (0.5 if think else 1.0) * (1 if correct else -1)
+
+
+def entropy_sparse(correctness: float, segment_entropies: list[float], margin: float = 0.0) -> float:
+    """R = S · m / n: n calls, m of them with I_k = 1; R = S without calls [2602.02050; PAPERS C2].
+
+    segment_entropies: n + 1 values in nats; the call before or after an empty segment (nan) counts as not reducing.
+    """
+    return sparse(correctness, reducing(segment_entropies, margin))
+
+
+def entropy_dense(
+    correctness: float, segment_entropies: list[float], alpha: float = 0.5, margin: float = 0.0
+) -> list[float]:
+    """r_k = S · (1 + α · I_k) of each call; [] without calls [2602.02050; PAPERS C3]. Arguments as in `entropy_sparse`."""
+    return dense(correctness, reducing(segment_entropies, margin), alpha)
+
+
+def sparse(correctness: float, indicators: list[bool]) -> float:
+    """`entropy_sparse` from the indicators I_k themselves."""
+    return correctness * fmean(indicators) if indicators else correctness
+
+
+def dense(correctness: float, indicators: list[bool], alpha: float) -> list[float]:
+    """`entropy_dense` from the indicators I_k themselves."""
+    return [correctness * (1 + alpha * reduces) for reduces in indicators]
+
+
+def call_indicators(group: list[Trajectory], a: Any) -> list[list[bool]]:
+    """I_k of every call of every trajectory of a group, by `--indicator`; several calls in one turn count as one.
+
+    entropy: from the policy's entropies · reference: from those of the frozen starting adapter on the same tokens ·
+    oracle: whether the call is needed (exact in the world) · random: the group's own I_k, dealt out anew among its
+    calls, so that their rate stays.
+    """
+    if a.indicator == "oracle":
+        return [_needed(t) for t in group]
+    found = [
+        reducing(
+            segment_entropies(t, a.segment, t.ref_entropy if a.indicator == "reference" else t.entropy),
+            a.delta_margin,
+            a.delta_form,
+        )
+        for t in group
+    ]
+    if a.indicator != "random":
+        return found
+    dealt = [i for row in found for i in row]
+    random.Random(repr([t.token_ids for t in group])).shuffle(dealt)  # a function of the samples: resume needs no state
+    return [[dealt.pop() for _ in row] for row in found]
+
+
+def _needed(t: Trajectory) -> list[bool]:
+    labels, at, needed = call_labels(t), 0, []
+    for turn in call_turns(t):
+        calls = max(sum(s.kind == "tool_call" and turn.start <= s.start < turn.end for s in t.spans), 1)
+        needed.append("needed" in labels[at : at + calls])
+        at += calls
+    return needed
+
+
+# ---------------------------------------------------------------------------------------------------- adapters
+
+
 def correct_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
     """Outcome only: the correctness S_i, nothing for format or behaviour."""
     return [{"total": float(s), "correct": float(s)} for s in correctness]
@@ -73,8 +150,52 @@ def et_agent_reward(group: list[Trajectory], correctness: list[float], formed: l
     )
 
 
+def autotool_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
+    """Adapter: correct above S = 0.8 (QA F1), thinking unless the response opens with an empty block or none."""
+    return [
+        {"total": autotool(s > CORRECT, t.mode == "think", ok), "correct": s, "format": 0.0 if ok else -1.0}
+        for t, s, ok in zip(group, correctness, formed)
+    ]
+
+
+def entropy_sparse_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
+    """Adapter: a malformed response scores S = 0; `reducing` = share of calls with I_k = 1, 0 without calls."""
+    outcomes = [s * ok for s, ok in zip(correctness, formed)]
+    return [
+        {"total": sparse(s, found), "correct": s, "reducing": fmean(found or [0])}
+        for s, found in zip(outcomes, call_indicators(group, a))
+    ]
+
+
+def entropy_dense_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
+    """Adapter: total = mean of the calls' rewards (S without calls), for the log; `--advantage entropy_dense` takes
+    the outcome from `correct` (0 if malformed) and each call's own reward."""
+    outcomes = [s * ok for s, ok in zip(correctness, formed)]
+    return [
+        {"total": fmean(dense(s, found, a.dense_alpha) or [s]), "correct": s, "reducing": fmean(found or [0])}
+        for s, found in zip(outcomes, call_indicators(group, a))
+    ]
+
+
+def calls_penalty_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
+    """Control of the sparse reward: S − λ n, S = 0 if malformed, n = closed calls."""
+    outcomes = [s * ok for s, ok in zip(correctness, formed)]
+    return [{"total": s - a.call_penalty * t.n_calls, "correct": s} for t, s in zip(group, outcomes)]
+
+
+def length_penalty_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
+    """Control of AutoTool: S − c · |o| / L_max, |o| = model-written tokens (c = 0.5)."""
+    penalties = [a.length_penalty * t.completion_tokens / a.max_completion_length for t in group]
+    return [{"total": s - penalty, "correct": s} for s, penalty in zip(correctness, penalties)]
+
+
 # name -> (group, correctness, well_formed, args) -> one dict of terms per trajectory
 REWARDS = {
     "correct": correct_reward,
     "et_agent": et_agent_reward,
+    "autotool": autotool_reward,
+    "entropy_sparse": entropy_sparse_reward,
+    "entropy_dense": entropy_dense_reward,
+    "calls_penalty": calls_penalty_reward,
+    "length_penalty": length_penalty_reward,
 }

@@ -102,6 +102,27 @@ def redundant_calls(trajectory: Trajectory) -> int:
     return len({*repeated, *unused_calls(trajectory)})
 
 
+def call_labels(trajectory: Trajectory) -> list[str]:
+    """What each call was worth: needed | redundant | repeated | failed.
+
+    failed: the tool said so · repeated: as `duplicate_calls` · redundant: executed beyond `min_tool_calls` (world),
+    else a result of which nothing is used · needed: the rest.
+    """
+    repeated, need, executed = duplicate_calls(trajectory), trajectory.meta.get("min_tool_calls"), 0
+    unused = unused_calls(trajectory) if need is None else ()
+    labels = []
+    for i, call in enumerate(trajectory.tool_calls):
+        if not call.ok:
+            labels.append("failed")
+        elif i in repeated:
+            labels.append("repeated")
+        else:
+            beyond = i in unused if need is None else executed >= need
+            labels.append("redundant" if beyond else "needed")
+            executed += 1
+    return labels
+
+
 def insufficient(trajectory: Trajectory, correctness: float, group: list[tuple[Trajectory, float]] = ()) -> bool:
     """Wrong after fewer executed calls than needed, or without a passage that fits a search of it (world); elsewhere
     after fewer executed calls than some correct trajectory of its group.

@@ -21,8 +21,9 @@ MAY_IMPORT = {  # module or package -> what of ours it may import
     "trajectory": set(),
     "claim_list": set(),
     "kernels": set(),
-    "rewards": {"trajectory"},
-    "losses": {"trajectory"},
+    "entropy": {"trajectory"},
+    "rewards": {"trajectory", "entropy", "eval"},  # eval.behaviour: what a needed call is
+    "losses": {"trajectory", "entropy", "rewards"},
     "distributed": set(),
     "common": {"trajectory", "distributed"},
     "tools": {"trajectory"},

@@ -3,11 +3,12 @@
     python -m pytest tests/test_rewards.py
 """
 
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 
-from rewards import REWARDS, RewardName, et_agent
+from rewards import REWARDS, RewardName, autotool, et_agent
 
 
 def test_names_and_table_agree():
@@ -46,3 +47,32 @@ def test_et_agent_survives_extreme_sigma():
 def test_et_agent_refuses_ragged_groups(lists):
     with pytest.raises(ValueError, match="equal length"):
         et_agent(*lists, 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    "correct, think, well_formed, reward",
+    [(True, False, True, 1.0), (True, True, True, 0.5), (False, True, True, -0.5), (False, False, True, -1.0)]
+    + [(c, t, False, -1.0) for c in (True, False) for t in (True, False)],
+)
+def test_autotool_table(correct, think, well_formed, reward):
+    assert autotool(correct, think, well_formed) == reward
+
+
+def sample(mode="think", calls=0, tokens=0):
+    return SimpleNamespace(mode=mode, n_calls=calls, completion_tokens=tokens)
+
+
+def test_autotool_adapter_asks_for_more_than_the_f1_of_the_flywheel():
+    group = [sample("no_think"), sample("no_think"), sample("think"), sample("think")]
+    terms = REWARDS["autotool"](group, [0.81, 0.8, 1.0, 1.0], [True, True, True, False], None)
+    assert [t["total"] for t in terms] == [1.0, -1.0, 0.5, -1.0]
+    assert [t["format"] for t in terms] == [0.0, 0.0, 0.0, -1.0] and terms[1]["correct"] == 0.8
+
+
+def test_penalties_by_hand():
+    group = [sample(calls=3, tokens=50), sample(calls=0, tokens=100)]
+    args = SimpleNamespace(call_penalty=0.1, length_penalty=0.5, max_completion_length=200)
+    calls = REWARDS["calls_penalty"](group, [1.0, 1.0], [True, False], args)
+    assert [t["total"] for t in calls] == pytest.approx([0.7, 0.0])
+    length = REWARDS["length_penalty"](group, [1.0, 0.0], [True, True], args)
+    assert [t["total"] for t in length] == pytest.approx([0.875, -0.25])
