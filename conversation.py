@@ -4,6 +4,7 @@ Shared by every sampler (rollout.py) and by train_sft.py, so that all of them bu
 `Draft` grows segment by segment, each tokenised once, and becomes a `Trajectory` when it is finished.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -277,6 +278,11 @@ def mode_of(response: str) -> str:
     """no_think if the response opens with an empty think block or with none at all."""
     opening = re.match(r"\s*<think>(\s*)", response)
     return "think" if opening and not response.startswith("</think>", opening.end()) else "no_think"
+
+
+def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens at the start of a response after which it is known whether its think block is empty."""
+    return len(os.path.commonprefix([encode(tokenizer, NO_THINK), encode(tokenizer, "<think>\nso")])) + 1
 
 
 def token_starts(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

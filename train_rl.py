@@ -7,7 +7,8 @@ Each step, for `questions_per_step` questions:
 2. score      log-probs and entropies of their tokens by the training forward itself, so the first ratio is exactly 1
 3. reward     REWARDS[--reward] over each group
 4. advantage  ADVANTAGES[--advantage] over each group, one value per token
-5. update     clipped surrogate + optional k3 KL to the starting adapter, weights fixed over the whole optimizer step
+5. update     clipped surrogate + optional k3 KL to the starting adapter, weights fixed over the whole optimizer step,
+              and an entropy bonus by --entropy_regulariser, whose coefficient may be learned
 Only model-written tokens (loss_mask 1) are trained on. `torchrun --nproc_per_node N train_rl.py …` shares the questions
 of a step among N processes. Left out on purpose: critics, reward models, off-policy replay.
 """
@@ -15,7 +16,7 @@ of a step among N processes. Left out on purpose: critics, reward models, off-po
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Literal
 
@@ -26,11 +27,23 @@ import distributed
 import plan
 from checkpoint import resume, save_checkpoint
 from common import Run, RunArgs, arg, cli, shuffled, start_run
-from conversation import RolloutArgs, check_prompts, open_tools
+from conversation import RolloutArgs, check_prompts, mode_tokens, open_tools
 from data.questions import load_questions
+from entropy import DeltaForm, Segment, mean_entropy
 from eval.behaviour import void_turns
 from eval.grader import score
-from losses import ADVANTAGES, MIN_STD, AdvantageName, LossType
+from losses import (
+    ADVANTAGES,
+    MIN_STD,
+    AdvantageName,
+    EntropyState,
+    LossType,
+    RegulariserName,
+    first_entropy_state,
+    next_entropy_state,
+    trajectory_betas,
+    with_targets,
+)
 from model import (
     ModelArgs,
     OptimizerName,
@@ -42,7 +55,7 @@ from model import (
     save_adapter,
 )
 from plan import PlanArgs
-from rewards import REWARDS, RewardName
+from rewards import REWARDS, Indicator, RewardName
 from rollout import rollout
 from trajectory import DataError, Trajectory, groups_of
 from update import micro_batches, reward_spread, update
@@ -61,13 +74,27 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     sigma_tool: float = arg(0.1, "et_agent: how steeply more calls than the group's mean cost (paper 0.1)")
     sigma_length: float = arg(0.1, "et_agent: the same for reasoning length (paper 0.1)")
     behaviour_gain: float = arg(1.0, "et_agent: g, 1 in the paper, 2 in its code")
-    advantage: AdvantageName = arg("grpo", "how rewards become advantages")
+    segment: Segment = arg("reasoning", "entropy_*: which tokens between two tool results make a segment")
+    delta_margin: float = arg(0.0, "entropy_*: a call counts as reducing below −margin, in nats (paper 0)")
+    delta_form: DeltaForm = arg("difference", "entropy_*: ΔH, or ΔH as a share of the entropy before the call")
+    dense_alpha: float = arg(0.5, "entropy_dense: α, bonus of a reducing call (paper 0.5)")
+    indicator: Indicator = arg("entropy", "entropy_*: where I_k comes from; the others are controls")
+    call_penalty: float = arg(0.1, "calls_penalty: λ, price of a tool call")
+    length_penalty: float = arg(0.5, "length_penalty: price of a response of --max_completion_length tokens")
+    advantage: AdvantageName = arg("grpo", "how rewards become advantages; entropy_dense goes with its reward")
     # --- loss
     loss_type: LossType = arg("grpo", "how token weights are normalised")
     epsilon: float = arg(0.2, "clip: ratio >= 1 - epsilon")
     epsilon_high: float | None = arg(None, "clip: ratio <= 1 + epsilon_high; default = epsilon")
     beta: float = arg(0.0, "weight of the k3 KL to the adapter the run starts from")
-    entropy_coef: float = arg(0.0, "weight of an entropy bonus: the mean over trajectories of their token entropy")
+    entropy_regulariser: RegulariserName = arg("none", "weight of each trajectory's mean token entropy in the loss")
+    entropy_coef: float = arg(0.0, "constant: the coefficient (AutoTool's best 1e-1)")
+    beta_short: float = arg(0.0, "decoupled: coefficient without thinking (AutoTool 0)")
+    beta_long: float = arg(1e-2, "adaptive, decoupled: first value of the learned coefficient (AutoTool 1e-2)")
+    entropy_target: Literal["absolute", "relative"] = arg("absolute", "targets in nats, or as multiples of step 0's")
+    target_short: float | None = arg(None, "decoupled: the coefficient acts up to here; default 0.1 nats, 1.15 ×")
+    target_long: float | None = arg(None, "adaptive, decoupled: default 0.2 nats (AutoTool), 1.15 ×")
+    beta_lr: float = arg(2e-2, "adaptive, decoupled: step size of the learned coefficient")
     num_iterations: int = arg(1, "passes over each batch of trajectories")
     updates_per_batch: int = arg(1, "optimizer steps per pass (ET-Agent's code: 16)")
     skip_zero_variance: bool = arg(False, "leave groups without signal out of the normaliser too")
@@ -110,6 +137,7 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        self.check_method()
         if self.questions_per_step % (self.updates_per_batch * distributed.count()):
             raise ValueError(
                 f"--questions_per_step {self.questions_per_step} is not a multiple of --updates_per_batch "
@@ -136,6 +164,24 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
             )
         self.gradient_accumulation_steps = needed
 
+    def check_method(self):
+        """Flags of reward and entropy term that go together; sets the targets' defaults."""
+        dense = self.advantage == "entropy_dense"
+        if dense != (self.reward == "entropy_dense"):
+            raise ValueError(f"--reward {self.reward} does not go with --advantage {self.advantage}")
+        if dense and self.skip_zero_variance:
+            raise ValueError("--skip_zero_variance looks at whole trajectories: not with --advantage entropy_dense")
+        if self.entropy_coef and self.entropy_regulariser != "constant":
+            raise ValueError(f"--entropy_coef {self.entropy_coef} needs --entropy_regulariser constant")
+        if not (0 <= self.beta_long <= 1 and self.beta_short >= 0 and self.beta_lr >= 0):
+            raise ValueError(
+                f"--beta_long {self.beta_long} must be in [0, 1], --beta_short {self.beta_short} and --beta_lr "
+                f"{self.beta_lr} must not be negative"
+            )
+        short, long = (0.1, 0.2) if self.entropy_target == "absolute" else (1.15, 1.15)
+        self.target_short = short if self.target_short is None else self.target_short
+        self.target_long = long if self.target_long is None else self.target_long
+
 
 def main(args: Args) -> dict:
     """Train; returns (and writes to result.json) the last step's metrics."""
@@ -156,7 +202,7 @@ def train(args: Args) -> dict:
     model, tokenizer = load_policy(args)
     model.to(device())
     check_prompts(questions, tokenizer, args)
-    if args.beta > 0:
+    if args.beta > 0 or args.indicator == "reference":
         add_reference(model)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
@@ -166,6 +212,8 @@ def train(args: Args) -> dict:
     first, state = resume(run.dir, args.resume_from_checkpoint, model, optimizer, scheduler)
     run.forget_after(first)
     metrics = state.get("metrics", {})
+    constraint = EntropyState(**state["entropy_state"]) if "entropy_state" in state else first_entropy_state(args)
+    opening = mode_tokens(tokenizer) if args.mode == "auto" else 0
 
     steps = range(first, args.max_steps)
     bar = tqdm(steps, initial=first, total=args.max_steps, desc="rl", unit="step", disable=distributed.rank() > 0)
@@ -201,16 +249,20 @@ def train(args: Args) -> dict:
 
             # ------------------------------------------------------------------------------------ update
             parts = [distributed.gather(part) for part in parts]
-            stats = [
-                update(model, optimizer, scheduler, batch, part, [args.entropy_coef] * len(part), args)
-                for _ in range(args.num_iterations)
-                for batch, part in zip(batches, parts)
-            ]
+            everyone = [t for part in parts for t in part]
+            constraint = with_targets(constraint, everyone, args)
+            stats = []
+            for batch, part in [*zip(batches, parts)] * args.num_iterations:
+                betas = trajectory_betas(part, constraint, args)
+                stats.append(update(model, optimizer, scheduler, batch, part, betas, args))
+                constraint = next_entropy_state(constraint, part, args)
 
             # ------------------------------------------------------------------------------------ log, save
-            groups = groups_of([t for part in parts for t in part])
+            groups = groups_of(everyone)
             metrics = {
                 **rollout_metrics(groups),
+                **mode_metrics(everyone, opening),
+                "beta_long": constraint.beta_long,
                 **{name: fmean(s[name] for s in stats) for name in stats[0]},
                 "learning_rate": scheduler.get_last_lr()[0],
                 "time/rollout": rolled_out - started,
@@ -228,7 +280,7 @@ def train(args: Args) -> dict:
             if step % args.sample_steps == 0:
                 dump_samples(run, step + 1, groups[0])
             if (step + 1) % args.save_steps == 0 or step + 1 == args.max_steps:
-                counters = {"metrics": metrics}
+                counters = {"metrics": metrics, "entropy_state": asdict(constraint)}
                 save_checkpoint(
                     run.dir, step + 1, model, tokenizer, optimizer, scheduler, counters, args.save_total_limit
                 )
@@ -298,8 +350,21 @@ def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
         "void_turns": fmean(void_turns(t) > 0 for t in flat),
         "time/tool_p50": seconds[len(seconds) // 2],
         "time/tool_p99": seconds[len(seconds) * 99 // 100],
-        "think_rate": fmean(t.mode == "think" for t in flat),
     }
+
+
+def mode_metrics(trajectories: list[Trajectory], opening: int) -> dict[str, float]:
+    """Thinking rate, mean H_i of either mode (absent where a step has none) and entropy of the mode decision, in nats.
+
+    opening: tokens at the start of a response that decide the mode, 0 = it is forced.
+    """
+    metrics = {"think_rate": fmean(t.mode == "think" for t in trajectories)}
+    for mode in ("think", "no_think"):
+        if entropies := [mean_entropy(t) for t in trajectories if t.mode == mode and t.completion_tokens]:
+            metrics[f"entropy/{mode}"] = fmean(entropies)
+    if opening:
+        metrics["entropy/decision"] = fmean(sum(t.entropy[t.prompt_len :][:opening]) for t in trajectories)
+    return metrics
 
 
 def dump_samples(run: Run, step: int, group: list[Trajectory]) -> None:

@@ -42,9 +42,12 @@ def micro_batches(part: list[Trajectory], model: torch.nn.Module, pad_id: int, a
         for t, logps, entropies in zip(rows, logp.tolist(), entropy.tolist()):
             t.old_logp, t.entropy = logps[: len(t.token_ids)], entropies[: len(t.token_ids)]
         ref_logp = None
-        if args.beta > 0:
+        if args.beta > 0 or args.indicator == "reference":
             with use_reference(model):
-                ref_logp = token_stats(model, batch, args.temperature)[0][batch.loss_mask]  # (N,)
+                logp, entropy = token_stats(model, batch, args.temperature)  # (B, T)
+            ref_logp = logp[batch.loss_mask] if args.beta > 0 else None  # (N,)
+            for t, entropies in zip(rows, entropy.tolist()):
+                t.ref_entropy = entropies[: len(t.token_ids)]
         result.append(MicroBatch(rows, batch, ref_logp))
     return result
 

@@ -262,9 +262,16 @@ def _spoken_number(rng: random.Random) -> tuple[int, str]:
     return n, str(n)
 
 
-def questions(world: World, n: int, seed: int, families: tuple[str, ...] = PLAIN) -> list[dict]:
+def questions(
+    world: World,
+    n: int,
+    seed: int,
+    families: tuple[str, ...] = PLAIN,
+    easy: tuple[float, int] | None = None,
+) -> list[dict]:
     """n question rows, families in turn; the fact families go through their facts in a seeded order before repeating.
 
+    easy: (share of running sums that are short, terms of the longest short one); None = every length as often.
     Row fields: DESIGN 2, with family, min_tool_calls and known; graded and stale rows add exposures.
     A graded fact counts as known where the shipped base recalls it more often than not; what a call is worth there
     is a matter of measurement.
@@ -278,7 +285,7 @@ def questions(world: World, n: int, seed: int, families: tuple[str, ...] = PLAIN
         if not deck and family in ("recall", "lookup", "bridge", "lookup_compute", *GRADED):
             deck.extend(_askable(world, family))
             random.Random(f"deck {seed} {family} {i}").shuffle(deck)
-        row = {"id": f"{family}-{seed}-{i}", **_question(world, rng, family, deck)}
+        row = {"id": f"{family}-{seed}-{i}", **_question(world, rng, family, deck, easy)}
         row.setdefault("task", "qa")
         rows.append({**row, "family": family})
     return rows
@@ -293,7 +300,7 @@ def _askable(world: World, family: str) -> list[tuple[list[str], Fact]]:
     return [([f.relation], f) for f in world.facts[group] if family != "lookup_compute" or f.relation == "age"]
 
 
-def _question(world: World, rng: random.Random, family: str, deck: list) -> dict:
+def _question(world: World, rng: random.Random, family: str, deck: list, easy: tuple[float, int] | None) -> dict:
     if family == "add":
         text, total = draw_addition(rng)
         question, answer, calls, known = rng.choice(ADD_FORMS).format(a=text), str(total), 0, True
@@ -302,6 +309,8 @@ def _question(world: World, rng: random.Random, family: str, deck: list) -> dict
         question, answer, calls, known = rng.choice(MULTIPLY_FORMS).format(a=a, b=b), str(a * b), 1, False
     elif family == "running_sum":
         terms = rng.randint(2, 8)
+        if easy:
+            terms = rng.randint(2, easy[1]) if rng.random() < easy[0] else rng.randint(easy[1] + 1, 8)
         text, steps, start = draw_sum(rng, terms)
         answer = str(start + sum(digit for _, digit in steps))
         return {"question": rng.choice(SUM_FORMS).format(a=text), "answer": answer, "min_tool_calls": 0, "known": True,
@@ -340,6 +349,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--families", default=",".join(PLAIN),
                         help=f"of {', '.join(FAMILIES + GRADED)}; noisy = the mix of world_noise.py "
                              "(default: the first six)")  # fmt: skip
+    parser.add_argument("--easy_share", type=float, metavar="P",
+                        help="share of running sums with at most --easy_terms terms (default: every length as often)")
+    parser.add_argument("--easy_terms", type=int, default=6,
+                        help="longest easy sum: where the base is right without a thought in half of the cases")
     parser.add_argument("--thoughts", choices=("belief", "terse"), default="belief",
                         help="--pretrain: thoughts carry the model's belief, or bare plans")  # fmt: skip
     parser.add_argument("--steps", type=int, help="--pretrain: optimizer steps (default: the preset's)")
@@ -354,9 +367,15 @@ def main(argv: list[str] | None = None) -> None:
     families = MIX if args.families == "noisy" else tuple(args.families.split(","))
     if wrong := [f for f in families if f not in FAMILIES + GRADED]:
         parser.error(f"--families: unknown family {wrong[0]!r}, known are {', '.join(FAMILIES + GRADED)}")
+    if args.easy_share is not None and not 0 <= args.easy_share <= 1:
+        parser.error(f"--easy_share must be in [0, 1], found {args.easy_share}")
+    if not 2 <= args.easy_terms <= 7:
+        parser.error(f"--easy_terms must be 2 to 7, found {args.easy_terms}")
     try:
         if args.questions is not None:
-            count = write_jsonl(args.output, questions(World(args.preset), args.questions, args.seed, families))
+            easy = None if args.easy_share is None else (args.easy_share, args.easy_terms)
+            rows = questions(World(args.preset), args.questions, args.seed, families, easy)
+            count = write_jsonl(args.output, rows)
             print(f"{count} questions written to {args.output}")
         elif args.index:
             from tools.search import SearchIndex

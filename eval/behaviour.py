@@ -4,6 +4,7 @@ Exact in the calibration world, where a question says how many calls it needs (`
 what can be read off the text: repeated calls, and results of which nothing is used later. Functions take trajectories
 and the correctness of each; `python -m eval.behaviour T.jsonl [--output DIR]` prints the rates of a trajectory file and
 the preliminary analyses of ET-Agent sec. 3 (PAPERS A6): failed calls, and the spread of calls among correct answers.
+With `--entropy` it makes the pilot analysis of entropy reduction instead (eval/entropy_pilot.py).
 """
 
 import argparse
@@ -105,11 +106,13 @@ def redundant_calls(trajectory: Trajectory) -> int:
 def call_labels(trajectory: Trajectory) -> list[str]:
     """What each call was worth: needed | redundant | repeated | failed.
 
-    failed: the tool said so · repeated: as `duplicate_calls` · redundant: executed beyond `min_tool_calls` (world),
-    else a result of which nothing is used · needed: the rest.
+    failed: the tool said so · repeated: as `duplicate_calls`, rewordings that are needed excepted · redundant: executed
+    beyond `needed_calls` (world), else a result of which nothing is used · needed: the rest.
     """
-    repeated, need, executed = duplicate_calls(trajectory), trajectory.meta.get("min_tool_calls"), 0
+    need, executed = needed_calls(trajectory), 0
     unused = unused_calls(trajectory) if need is None else ()
+    reworded = _rewordings(trajectory)[0] if need else ()
+    repeated = set(duplicate_calls(trajectory)).difference(reworded)
     labels = []
     for i, call in enumerate(trajectory.tool_calls):
         if not call.ok:
@@ -249,12 +252,22 @@ def report(trajectories: list[Trajectory]) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="eval.behaviour", description=__doc__, allow_abbrev=False)
     parser.add_argument("trajectories", help="trajectory file (jsonl)")
-    parser.add_argument("--output", help="folder for behaviour.json")
+    parser.add_argument("--output", help="folder for behaviour.json, or for the pilot's files (--entropy)")
+    parser.add_argument("--entropy", action="store_true", help="what calls change in the entropy of the next segment")
+    parser.add_argument("--segment", choices=("reasoning", "with_call", "think"), default="reasoning")
+    parser.add_argument("--delta_margin", type=float, default=0.0, help="a call counts as reducing below −margin")
+    parser.add_argument("--delta_form", choices=("difference", "ratio"), default="difference")
+    parser.add_argument("--model_name_or_path", help="computes entropies that the trajectories do not have")
     args = parser.parse_args(argv)
     try:
         trajectories = load_trajectories(args.trajectories)
         if not trajectories:
             raise DataError(f"{args.trajectories}: holds no trajectories")
+        if args.entropy:
+            from eval.entropy_pilot import pilot  # here, because it builds on this module
+
+            print(pilot(trajectories, args))
+            return
     except DataError as e:
         parser.error(str(e))
     from common import table, write_text

@@ -3,7 +3,8 @@
     python -m eval.evaluate --trajectories T.jsonl --output DIR
     python -m eval.evaluate --model_name_or_path M --data Q.jsonl --index DIR --output DIR
 
-Writes DIR/metrics.json (overall and per family or task, no wall-clock in it), and DIR/trajectories.jsonl if it sampled.
+Writes DIR/metrics.json (overall, per family or task, and per number of terms where rows have them; no wall-clock in
+it), and DIR/trajectories.jsonl if it sampled.
 """
 
 import json
@@ -17,7 +18,7 @@ import rollout
 from common import arg, cli, table, write_text
 from eval.behaviour import needed_calls, rates
 from eval.grader import score
-from eval.metrics import efficiency, exact_match, extract_answer, f1_et, reasoning_length, successful_execution
+from eval.metrics import acu, efficiency, exact_match, extract_answer, f1_et, reasoning_length, successful_execution
 from trajectory import DataError, Trajectory, load_trajectories
 
 COLUMNS = (
@@ -33,6 +34,7 @@ class Args(rollout.Args):
     trajectories: str = arg("", "trajectory file to evaluate; else --model_name_or_path and --data are sampled first")
     output: str = arg("", "folder for metrics.json (and trajectories.jsonl) (required)")
     num_generations: int = arg(1, "G, trajectories per question")
+    billion_parameters: float = arg(0.0, "size of the model; > 0 adds acu, % correct / (billions · hundreds of tokens)")
 
     def __post_init__(self):
         if not self.output:
@@ -51,23 +53,35 @@ def main(args: Args) -> dict:
         fields = {name: getattr(args, name) for name in rollout.Args.__dataclass_fields__}
         fields["output"] = str(Path(args.output) / "trajectories.jsonl")
         trajectories = rollout.main(rollout.Args(**fields))
-    metrics = evaluate(trajectories)
+    metrics = evaluate(trajectories, args.billion_parameters)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     write_text(Path(args.output) / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    print(metrics_table({"all": metrics["all"], **metrics["families"]}))
+    print(metrics_table({"all": metrics["all"], **metrics["families"], **metrics["subsets"]}))
     return metrics
 
 
-def evaluate(trajectories: list[Trajectory]) -> dict:
-    """{"all": metrics, "families": {name: metrics}}; the family is the row's, else its task."""
+def evaluate(trajectories: list[Trajectory], billion_parameters: float = 0.0) -> dict:
+    """{"all": metrics, "families": {name: metrics}, "subsets": …}; the family is the row's, else its task.
+
+    subsets: the families whose rows have a number of `terms` (running_sum), by that number. billion_parameters > 0
+    adds `acu` to every set.
+    """
     scored = [(t, *score(t)) for t in tqdm(trajectories, desc="grade", unit="trajectory", leave=False)]
     families: dict[str, list] = {}
+    subsets: dict[str, list] = {}
     for row in scored:
-        families.setdefault(str(row[0].meta.get("family", row[0].task)), []).append(row)
-    return {"all": _metrics(scored), "families": {name: _metrics(rows) for name, rows in sorted(families.items())}}
+        family = str(row[0].meta.get("family", row[0].task))
+        families.setdefault(family, []).append(row)
+        if "terms" in row[0].meta:
+            subsets.setdefault(f"{family}, {row[0].meta['terms']} terms", []).append(row)
+    return {
+        "all": _metrics(scored, billion_parameters),
+        "families": {name: _metrics(rows, billion_parameters) for name, rows in sorted(families.items())},
+        "subsets": {name: _metrics(rows, billion_parameters) for name, rows in sorted(subsets.items())},
+    }
 
 
-def _metrics(scored: list[tuple[Trajectory, float, bool]]) -> dict[str, float]:
+def _metrics(scored: list[tuple[Trajectory, float, bool]], billion_parameters: float) -> dict[str, float]:
     """All numbers of one set; shares and means per trajectory, `failed` and `redundant_calls` shares of calls.
 
     correctness: S of training (math 0/1, SQuAD F1, calls 0/1); for qa also exact_match and f1_et, ET-Agent's variant.
@@ -94,6 +108,8 @@ def _metrics(scored: list[tuple[Trajectory, float, bool]]) -> dict[str, float]:
         "malformed": fmean(not formed for _, _, formed in scored),
         "void_turns": behaviour["void"],
     }
+    if billion_parameters > 0:
+        metrics["acu"] = acu(correct, tokens, billion_parameters)
     needed = [needed_calls(t) for t in trajectories]
     if None not in needed:
         metrics["needed_calls"] = fmean(needed)

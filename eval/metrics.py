@@ -208,6 +208,15 @@ def successful_execution(correctness: Sequence[float], failures: Sequence[int]) 
     return fmean(p / max(f, 1) for p, f in zip(correctness, failures, strict=True))
 
 
+def acu(correctness: list[float], tokens: list[int], billion_parameters: float) -> float:
+    """Accuracy per unit of computation [2603.13348; PAPERS B5]: mean accuracy in % / (parameters · mean tokens).
+
+    Parameters in billions, model-written tokens in hundreds; 0 without tokens.
+    """
+    cost = billion_parameters * fmean(tokens) / 100
+    return 100 * fmean(correctness) / cost if cost else 0.0
+
+
 def reasoning_length(correctness: Sequence[float], tokens: Sequence[int]) -> float:
     """mean(P_i / max(L_i, 1)), L_i model-written tokens without tool results [2601.06860, sec. 5]; reported ×1000."""
     return fmean(p / max(n, 1) for p, n in zip(correctness, tokens, strict=True))

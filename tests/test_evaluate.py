@@ -84,3 +84,17 @@ def test_report_holds_tables_and_figures(tmp_path):
     assert "- one seed" in text and "## base, per family" in text and "| recall" in text
     for figure in ("calls.png", "curves.png"):
         assert f"({figure})" in text and (tmp_path / figure).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_subsets_by_terms_and_accuracy_per_compute():
+    """Correct 1, 0 of two sums with 10 and 30 tokens: 50 % / (0.5 billion · 0.2 hundred tokens) = 500."""
+    rows = [trajectory(0, "blue", [], 0, 10, family="running_sum"), trajectory(1, "red", [], 0, 30, family="running_sum")]
+    for t, terms in zip(rows, (3, 8)):
+        t.meta["terms"] = terms
+    metrics = e.evaluate([*rows, FOUR[0]], billion_parameters=0.5)
+    assert {s: m["correctness"] for s, m in metrics["subsets"].items()} == {
+        "running_sum, 3 terms": 1.0,
+        "running_sum, 8 terms": 0.0,
+    }
+    assert metrics["families"]["running_sum"]["acu"] == pytest.approx(500)
+    assert metrics["families"]["running_sum"]["thinking_rate"] == 0.0 and "acu" not in e.evaluate(rows)["all"]

@@ -16,7 +16,7 @@ import pytest
 import common
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train_sft", "train_rl", "flywheel", "reproduce"}
+SCRIPTS = {"train_sft", "train_rl", "flywheel", "warmup", "refine", "reproduce"}
 MAY_IMPORT = {  # module or package -> what of ours it may import
     "trajectory": set(),
     "claim_list": set(),
@@ -102,7 +102,9 @@ def test_every_script_explains_itself():
             assert doc and doc.splitlines()[0].endswith((".", ":")), path
 
 
-COMMANDS = ("train_sft", "train_rl", "rollout", "flywheel", "selection", "reproduce", "claims", "eval.evaluate")
+COMMANDS = (
+    "train_sft", "train_rl", "rollout", "flywheel", "selection", "warmup", "refine", "reproduce", "claims", "eval.evaluate",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("module", COMMANDS)

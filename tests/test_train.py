@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +23,12 @@ import rollout
 import train_rl
 import train_sft
 import update
+from conversation import mode_tokens
 from data.questions import load_questions
+from data.world_tokenizer import build_tokenizer
 from losses import token_weights
 from model import add_reference, collate, head_weight, hidden_of_targets, load_policy, packed, token_stats, use_reference
+from tiny_models import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,7 +155,8 @@ def close(a, b, tolerance):
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("beta, entropy_coef", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.05), (0.0, 0.05)])
 def test_gradients_equal_plain_autograd_on_whole_logits(flags, loss_type, beta, entropy_coef):
-    args = train_rl.Args(**flags, loss_type=loss_type, beta=beta, temperature=0.8, entropy_coef=entropy_coef)
+    args = train_rl.Args(**flags, loss_type=loss_type, beta=beta, temperature=0.8, entropy_regulariser="constant")
+    args.entropy_coef = entropy_coef
     model, (part,) = scored_step(args)
     with torch.no_grad():  # move off the sampling policy, so that ratios differ from 1 and some are clipped
         for name, p in model.named_parameters():
@@ -291,7 +296,14 @@ def logged(folder):
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
-@pytest.mark.parametrize("changes", [{}, {"beta": 0.05, "lr_scheduler_type": "linear", "num_iterations": 2}])
+LEARNED = {"entropy_regulariser": "decoupled", "entropy_target": "relative", "mode": "think"}
+REFERENCE = {"indicator": "reference", "reward": "entropy_dense", "advantage": "entropy_dense"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"beta": 0.05, "lr_scheduler_type": "linear", "num_iterations": 2}, {**LEARNED, "updates_per_batch": 2}, REFERENCE],
+)
 def test_resume_is_bitwise(flags, tmp_path, changes):
     whole = run_rl(flags, output_dir=str(tmp_path / "whole"), **changes)
     run_rl(flags, output_dir=str(tmp_path / "cut"), **changes)
@@ -301,6 +313,55 @@ def test_resume_is_bitwise(flags, tmp_path, changes):
     assert run_rl(flags, output_dir=str(tmp_path / "cut"), **changes) == whole
     same_files(tmp_path / "whole", tmp_path / "cut", ["adapter_model.safetensors", "result.json", "samples.jsonl"])
     assert logged(tmp_path / "whole") == logged(tmp_path / "cut") and len(logged(tmp_path / "cut")) == 4
+
+
+def test_beta_long_takes_one_step_per_optimizer_step(flags, monkeypatch):
+    """Relative target 1.15 × step 0's entropy: β rises by lr · (target − mean H) each time, and the next update has it."""
+    seen, real = [], train_rl.update
+
+    def spy(model, optimizer, scheduler, batch, part, betas, args):
+        seen.append((sum(sum(t.entropy) / t.completion_tokens for t in part) / len(part), betas))
+        return real(model, optimizer, scheduler, batch, part, betas, args)
+
+    monkeypatch.setattr(train_rl, "update", spy)
+    flags |= LEARNED | {"max_steps": 2, "save_steps": 1, "num_iterations": 2, "updates_per_batch": 2}
+    result = run_rl(flags)
+    target, beta = 1.15 * sum(mean for mean, _ in seen[:2]) / 2, 0.01
+    assert len(seen) == 2 * 4
+    for mean, betas in seen:
+        assert betas == pytest.approx([beta] * 4)
+        beta += 0.02 * (target - mean)
+    assert result["beta_long"] == pytest.approx(beta) and beta > 0.02
+    state = json.loads((Path(flags["output_dir"]) / "checkpoint-2/trainer_state.json").read_text())["entropy_state"]
+    assert state["beta_long"] == result["beta_long"] and state["target_long"] == pytest.approx(target)
+
+
+def test_reference_entropies_are_those_of_the_start(flags):
+    """The scored policy was moved off the reference: its entropies differ, the reference's are the base model's."""
+    args = train_rl.Args(**flags, indicator="reference", beta=0.1)
+    model, (part,) = scored_step(args)
+    for t in (t for mb in part for t in mb.trajectories):
+        assert t.ref_entropy != t.entropy
+        with use_reference(model):
+            _, expected = token_stats(model, collate([t], 0, torch.device("cpu")))
+        assert t.ref_entropy == pytest.approx(expected[0].tolist(), abs=1e-5)
+
+
+def test_mode_metrics_by_hand():
+    def row(mode, entropy):
+        return SimpleNamespace(mode=mode, entropy=[0.0, *entropy], prompt_len=1, completion_tokens=len(entropy))
+
+    rows = [row("think", [0.5, 0.1]), row("think", [0.7, 0.3, 0.2]), row("no_think", [0.6])]
+    assert train_rl.mode_metrics(rows, 1) == pytest.approx(
+        {"think_rate": 2 / 3, "entropy/think": 0.35, "entropy/no_think": 0.6, "entropy/decision": 0.6}
+    )
+    assert train_rl.mode_metrics(rows, 2)["entropy/decision"] == pytest.approx((0.6 + 1.0 + 0.6) / 3)
+    assert train_rl.mode_metrics(rows[2:], 0) == {"think_rate": 0.0, "entropy/no_think": 0.6}
+
+
+def test_tokens_that_decide_the_mode():
+    assert mode_tokens(byte_tokenizer()) == len("<think>\n") + 1
+    assert mode_tokens(build_tokenizer()) == 1
 
 
 def test_training_moves_the_policy_and_finished_runs_stay(flags, capsys):
@@ -456,6 +517,10 @@ def error_of(script, flags, monkeypatch, capsys):
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere"),
         ({"model_name_or_path": "no/such/folder"}, "--model_name_or_path no/such/folder"),
         ({"task": "poetry"}, "--task.*'poetry'"),
+        ({"reward": "entropy_dense"}, "--reward entropy_dense does not go with --advantage grpo"),
+        ({**REFERENCE, "skip_zero_variance": True}, "--skip_zero_variance looks at whole trajectories"),
+        ({"entropy_coef": 0.1}, "--entropy_coef 0.1 needs --entropy_regulariser constant"),
+        ({"beta_long": 2}, r"--beta_long 2.0 must be in \[0, 1\]"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, changes, message, monkeypatch, capsys):

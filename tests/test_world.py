@@ -77,6 +77,17 @@ def test_a_question_does_not_depend_on_how_many_are_drawn():
     assert questions(WORLD, 80, 3, FAMILIES)[:20] == questions(WORLD, 20, 3, FAMILIES)
 
 
+def test_the_share_of_easy_sums_is_an_option():
+    plain = questions(WORLD, 400, 3, ("running_sum",))
+    assert {row["terms"] for row in plain} == set(range(2, 9))
+    for share in (0.0, 0.85, 1.0):
+        rows = questions(WORLD, 400, 3, ("running_sum",), easy=(share, 5))
+        easy = [row["terms"] <= 5 for row in rows]
+        assert sum(easy) / 400 == pytest.approx(share, abs=0.05 * (0 < share < 1))
+        assert {row["terms"] for row in rows} == {*range(2, 6)} * (share > 0) | {*range(6, 9)} * (share < 1)
+    assert questions(WORLD, 20, 3, ("add",), easy=(0.5, 5)) == questions(WORLD, 20, 3, ("add",))
+
+
 def test_plain_questions_ask_for_well_known_or_unknown_facts_only():
     groups = {f.subject: group for group, facts in WORLD.facts.items() for f in facts}
     for row in questions(WORLD, 600, 5):
@@ -387,6 +398,8 @@ def test_command_line_writes_questions_and_an_index(tmp_path):
     [
         (["--questions", "0", "--output", "x"], "at least 1"),
         (["--questions", "5"], "--output is required"),
+        (["--questions", "5", "--output", "x", "--easy_share", "1.5"], "--easy_share must be in"),
+        (["--questions", "5", "--output", "x", "--easy_terms", "8"], "--easy_terms must be 2 to 7"),
         (["--questions", "5", "--output", "x", "--families", "recall,trivia"], "trivia"),
         (["--questions", "5", "--output", "x", "--sed", "1"], "--sed"),
         (["--output", "x"], "--questions"),
