@@ -1,4 +1,4 @@
-"""The pilot of entropy reduction: does ΔH of a call tell needed calls from others, and right answers from wrong ones?
+"""The pilot of entropy reduction: whether ΔH tells needed calls from others, and right answers from wrong ones.
 
     python -m eval.behaviour --entropy T.jsonl --output DIR [--model_name_or_path M] [--segment reasoning] [--delta_margin 0]
 

@@ -34,7 +34,7 @@ class Args(rollout.Args):
     trajectories: str = arg("", "trajectory file to evaluate; else --model_name_or_path and --data are sampled first")
     output: str = arg("", "folder for metrics.json (and trajectories.jsonl) (required)")
     num_generations: int = arg(1, "G, trajectories per question")
-    billion_parameters: float = arg(0.0, "size of the model; > 0 adds acu, % correct / (billions · hundreds of tokens)")
+    billion_parameters: float = arg(0.0, "size of the model; > 0 adds acu, points / (billions · hundreds of tokens)")
 
     def __post_init__(self):
         if not self.output:

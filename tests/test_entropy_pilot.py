@@ -144,6 +144,6 @@ def test_a_model_fills_in_missing_entropies(tiny_model):
     for t in bare[:2]:
         with torch.no_grad():
             logp = model(torch.tensor([t.token_ids])).logits[0].log_softmax(-1)  # (T, V)
-        entropy = -(logp.exp() * logp).sum(-1).tolist()  # of the token that comes next
+        entropy = (-(logp.exp() * logp).sum(-1)).tolist()  # of the token that comes next
         assert t.entropy == pytest.approx([0, *(h * m for h, m in zip(entropy, t.loss_mask[1:]))], abs=1e-4)
     assert bare[2].entropy == SAMPLES[2].entropy

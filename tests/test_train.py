@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import byte_tokenizer
 
 import common
 import rewards
@@ -27,8 +28,16 @@ from conversation import mode_tokens
 from data.questions import load_questions
 from data.world_tokenizer import build_tokenizer
 from losses import token_weights
-from model import add_reference, collate, head_weight, hidden_of_targets, load_policy, packed, token_stats, use_reference
-from tiny_models import byte_tokenizer
+from model import (
+    add_reference,
+    collate,
+    head_weight,
+    hidden_of_targets,
+    load_policy,
+    packed,
+    token_stats,
+    use_reference,
+)
 
 ROOT = Path(__file__).parent.parent
 

@@ -80,9 +80,8 @@ def test_the_builder_writes_rows_that_sft_trains_on(flags, tmp_path):
         }
     )  # fmt: skip
     tokenizer = byte_tokenizer()
-    loaded = train_sft.load_examples(
-        str(tmp_path / "out/sft.jsonl"), tokenizer, SimpleNamespace(limit=0, max_length=4096, drop_long=False)
-    )
+    args = train_sft.Args(model_name_or_path="m", data=str(tmp_path / "out/sft.jsonl"), output_dir="x")
+    loaded = train_sft.load_examples(args.data, tokenizer, args, len(tokenizer))
     assert loaded == rows
 
 
