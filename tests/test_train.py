@@ -585,7 +585,7 @@ def test_a_fork_adds_a_reward_by_a_function_a_line_and_a_name(flags, tmp_path):
             (fork / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, fork / name)
     text = (fork / "rewards.py").read_text()
-    text = text.replace('RewardName = Literal["correct", ', 'RewardName = Literal["short", "correct", ')
+    text = text.replace("RewardName = Literal[", 'RewardName = Literal["short", ')
     text = text.replace("REWARDS = {\n", 'REWARDS = {\n    "short": short,\n')
     function = "def short(group, correctness, formed, a):\n    return [{'total': float(t.sample_idx)} for t in group]\n"
     (fork / "rewards.py").write_text(text.replace("\n# name -> (group", f"\n{function}\n\n# name -> (group"))
