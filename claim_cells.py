@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import importlib
 import json
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,13 +27,15 @@ from eval.behaviour import insufficient, redundant_calls
 from eval.evaluate import evaluate
 from eval.grader import score
 from tools.search import SearchIndex
-from trajectory import DataError, Trajectory, load_trajectories, read_jsonl, write_jsonl
+from trajectory import DataError, Trajectory, load_trajectories, write_jsonl
 
 EVAL_SEED = 10_000  # of held-out questions, their noise and their samples; training uses small seeds
+EASY_TERMS = 6  # sums of so many terms or fewer are the easy ones of a training mix, as in data.world --easy_terms
 PROBES = 8  # no-think samples of the base per question; an item is hard if fewer than half are right [DESIGN 4]
 TRAINING = ("train_rl", "train_sft", "curriculum")  # scripts whose folder is the model of the stages after them
 CURVES = ("reward", "rewards/correct/mean", "tools/call_frequency", "completions/mean_length", "entropy", "think_rate",
           "frac_reward_zero_std", "beta_long")  # fmt: skip
+FILES = ("rollout", "selection", "refine")  # scripts whose --output is a file, not a folder
 EVERY = 10  # steps between the points of a row's curves
 
 
@@ -84,15 +85,21 @@ def _job(name: str, script: str, declared: dict, model: str, names: dict, args: 
               "noise": noise, "noise_seed": names["seed"], "seed": names["seed"], "threads": 1,
               "max_completion_length": 256, "python_timeout": 60.0, "max_tool_seconds": 600.0}  # fmt: skip
     flags = {k: v for k, v in shared.items() if k in known}
-    flags |= {k: v.format(**names) if isinstance(v, str) else v for k, v in declared.items()}
+    flags |= {k: _filled(v, names) for k, v in declared.items()}
     if args.max_steps and "max_steps" in flags:
         flags["max_steps"] = min(args.max_steps, flags["max_steps"])
     root = Path(args.output_dir)
     text = json.dumps([script, flags], sort_keys=True).replace(str(root) + "/", "")
     digest = _digest(text.replace(json.dumps(args.base), json.dumps(base_digest(args.base))).encode())
     folder = root / f"seed-{names['seed']}" / f"{name}-{digest}"
-    flag, output = ("output_dir", str(folder)) if "output_dir" in known else ("output", str(folder / "out.jsonl"))
-    return Job(folder, script, flags | {flag: output}, output)
+    output = str(folder / "out.jsonl" if script in FILES else folder)
+    return Job(folder, script, flags | {"output_dir" if "output_dir" in known else "output": output}, output)
+
+
+def _filled(value: Any, names: dict) -> Any:
+    if isinstance(value, list):
+        return [_filled(v, names) for v in value]
+    return value.format(**names) if isinstance(value, str) else value
 
 
 def _digest(data: bytes) -> str:
@@ -139,12 +146,20 @@ def run_job(job: Job) -> float:
             print(f"== {job.folder.name}: {job.script}", flush=True)
             module, started = importlib.import_module(job.script), time.monotonic()
             flags = job.flags
-            if job.script == "selection":  # writes its file at once, and not over an older one
+            if "model_name_or_path" in flags:
+                flags = flags | {"model_name_or_path": adapter_of(flags["model_name_or_path"])}
+            if job.script in ("selection", "refine"):  # they write at once, and not over an older file
                 flags = flags | {"overwrite": True}
                 job.folder.mkdir(exist_ok=True)
             module.main(module.Args(**flags))
             write_text(job.done, json.dumps({"seconds": round(time.monotonic() - started, 1)}) + "\n")
         return json.loads(job.done.read_text())["seconds"]
+
+
+def adapter_of(model: str) -> str:
+    """The model folder that a curriculum ended with, where `model` is the curriculum's folder; else `model`."""
+    result = Path(model) / "result.json"
+    return json.loads(result.read_text()).get("adapter", model) if result.exists() else model
 
 
 @contextmanager
@@ -160,15 +175,14 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def world_files(name: str, seed: int, args: Any) -> dict[str, str]:
-    """Paths of a world's files by placeholder: index, train, held_out, and what the base's probes need; and its noise.
+    """Paths of a world's files by placeholder: index, train, held_out, the base's probe of that; and its noise.
 
     The held-out questions are the same for all seeds.
     """
     world, root = WORLDS[name], Path(args.output_dir) / "worlds" / f"{args.preset}-{base_digest(args.base)}"
-    held_out, pool = f"{world.families}-{args.eval_questions}-held_out", f"{world.families}-{args.train_questions}"
-    train = f"{pool}-seed-{seed}" if world.easy_share is None else f"{pool}-easy-{world.easy_share}-seed-{seed}"
-    names = {"held_out": held_out, "held_out_probe": f"{held_out}-probe", "pool": f"{pool}-pool",
-             "pool_probe": f"{pool}-pool-probe", "train": train}  # fmt: skip
+    held_out, share = f"held_out-{world.families}-{args.eval_questions}", world.easy_share
+    train = f"train-{world.families}-{args.train_questions}" + (f"-easy-{share}" if share is not None else "")
+    names = {"held_out": held_out, "held_out_probe": f"{held_out}-probe", "train": f"{train}-seed-{seed}"}
     paths = {key: str(root / f"{file}.jsonl") for key, file in names.items()}
     return {**paths, "index": str(root / "index"), "noise": str(world.noise)}
 
@@ -181,23 +195,15 @@ def prepare_world(cell: Cell, args: Any) -> None:
             unfinished = Path(files["index"] + ".tmp")
             SearchIndex.build(World(args.preset).passages(), progress=False).save(unfinished)
             unfinished.rename(files["index"])
-        draw(files["held_out"], world.families, args.eval_questions, EVAL_SEED, args)
-        if world.easy_share is None:
-            draw(files["train"], world.families, args.train_questions, cell.seed, args)
-            return
-        draw(files["pool"], world.families, args.train_questions, 0, args)
-        probe(files["pool"], files["pool_probe"], args)
-        probe(files["held_out"], files["held_out_probe"], args)
+        families = MIX if world.families == "noisy" else tuple(world.families.split(","))
+        if not Path(files["held_out"]).exists():
+            write_jsonl(files["held_out"], questions(World(args.preset), args.eval_questions, EVAL_SEED, families))
         if not Path(files["train"]).exists():
-            rows = [row for _, row in read_jsonl(files["pool"])]
-            write_jsonl(files["train"], easy_mix(rows, hard_ids(files["pool_probe"]), world.easy_share, cell.seed))
-
-
-def draw(path: str, families: str, n: int, seed: int, args: Any) -> None:
-    """Draw a question file if it is not there."""
-    if not Path(path).exists():
-        chosen = MIX if families == "noisy" else tuple(families.split(","))
-        write_jsonl(path, questions(World(args.preset), n, seed, chosen))
+            easy = None if world.easy_share is None else (world.easy_share, EASY_TERMS)
+            rows = questions(World(args.preset), args.train_questions, cell.seed, families, easy)
+            write_jsonl(files["train"], rows)
+        if world.easy_share is not None:
+            probe(files["held_out"], files["held_out_probe"], args)
 
 
 def probe(data: str, output: str, args: Any) -> None:
@@ -212,18 +218,6 @@ def hard_ids(probes: str) -> set[str]:
     for t in load_trajectories(probes):
         scores.setdefault(t.question_id, []).append(score(t)[0])
     return {i for i, values in scores.items() if fmean(values) < 0.5}
-
-
-def easy_mix(rows: list[dict], hard: set[str], easy_share: float, seed: int) -> list[dict]:
-    """As many of the rows as give this share of easy ones, drawn by the seed; DataError if one kind is missing."""
-    easy, difficult = [r for r in rows if r["id"] not in hard], [r for r in rows if r["id"] in hard]
-    n = int(min(len(easy) / easy_share, len(difficult) / (1 - easy_share)))
-    if not easy or not difficult:
-        raise DataError(f"of {len(rows)} training questions {len(difficult)} are hard for the base: no mix of both")
-    rng, n_easy = random.Random(f"easy mix {seed}"), round(n * easy_share)
-    chosen = rng.sample(easy, n_easy) + rng.sample(difficult, n - n_easy)
-    rng.shuffle(chosen)
-    return chosen
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -251,11 +245,12 @@ def measure(trajectories: list[Trajectory], hard: set[str] | None) -> dict:
 
 
 def curves(jobs: list[Job]) -> dict[str, list]:
-    """Training metrics of the last RL stage, at every EVERY-th step and the last one."""
-    folders = [job.folder for job in jobs if job.script == "train_rl"]
-    if not folders:
+    """Training metrics of the last RL stage (of a curriculum: its last round), at every EVERY-th step and the last."""
+    stages = [job.folder for job in jobs if job.script in ("train_rl", "curriculum")]
+    if not stages:
         return {}
-    log = [json.loads(line) for line in (folders[-1] / "metrics.jsonl").read_text().splitlines()]
+    *_, folder = [stages[-1], *sorted(stages[-1].glob("round-*/rl"))]
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     points = [row for row in log if row["step"] % EVERY == 1 or row is log[-1]]
     return {"step": [row["step"] for row in points]} | {
         key: [round(row[key], 4) for row in points] for key in CURVES if key in log[0]

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 
 class World(NamedTuple):
-    """Where variants are trained and evaluated; easy_share: share of training items easy for the base, or as drawn."""
+    """Where variants are trained and evaluated; easy_share: share of short sums in training (None: no sums there).
+
+    Whether a held-out item is hard is another matter: there the base was asked (claim_cells.hard_ids).
+    """
 
     families: str  # of data.world --families
     noise: float
@@ -75,6 +78,9 @@ def rl(steps: int = 80, **flags: Any) -> Stage:
 ET = {"reward": "et_agent", "sigma_tool": 0.5, "sigma_length": 0.1}
 SFT = {"per_device_train_batch_size": 16, "max_steps": 60, "save_steps": 20}
 FLYWHEEL = {"critic": "rule", "limit": 300}
+SIGMAS = {f"sigma_{sigma}_{advantage}": (sigma, advantage) for sigma in (0.1, 0.5, 2.0)
+          for advantage in ("grpo", "grpo_no_std")}  # fmt: skip
+PENALTIES = (0.05, 0.1, 0.3)
 
 
 def rft(**flags: Any) -> tuple[Stage, Stage]:
@@ -86,14 +92,6 @@ def rft(**flags: Any) -> tuple[Stage, Stage]:
 FRESH = rft(rounds=0, num_generations=10)  # as many samples as 1 + 3 rounds of 3 may give, without any edit
 NO_HINT = ["redundant_modification", "global_refinement", "self_correction"]
 
-
-def selected(selector: str, *before: Stage) -> tuple[Stage, ...]:
-    """One round of the curriculum: K = 16 samples of the current model, N questions chosen, RL on them."""
-    sample = Stage("sample", "rollout", {"num_generations": 16, "limit": 400}, 1.5)
-    flags = {"trajectories": "{sample}", "selector": selector, "num_questions": 80}
-    return *before, sample, Stage("select", "selection", flags, 0.2), rl(data="{select}", **ET)
-
-
 for world in ("noisy", "plain"):
     at = "" if world == "noisy" else "_plain"
     declare(f"base{at}", world)
@@ -103,36 +101,174 @@ declare("rft", "noisy", *rft())
 declare("rft_fresh", "noisy", *FRESH)
 declare("rft_rl_et", "noisy", *rft(), rl(**ET))
 declare("rft_fresh_rl_et", "noisy", *FRESH, rl(**ET))
-for selector in ("pareto", "random", "s_corr_only", "s_tool_only"):
-    declare(f"select_{selector}", "noisy", *selected(selector, *rft()))
-for sigma in (0.1, 0.5, 2.0):
-    for advantage in ("grpo", "grpo_no_std"):
-        flags = {"reward": "et_agent", "sigma_tool": sigma, "sigma_length": sigma, "advantage": advantage}
-        declare(f"sigma_{sigma}_{advantage}", "noisy", rl(**flags))
+for name, (sigma, advantage) in SIGMAS.items():
+    declare(name, "noisy", rl(reward="et_agent", sigma_tool=sigma, sigma_length=sigma, advantage=advantage))
+for penalty in PENALTIES:
+    declare(f"rl_price_{penalty}", "noisy", rl(reward="calls_penalty", call_penalty=penalty))
 declare("rl_cap_2", "noisy", rl(reward="correct", max_tool_calling_iterations=2))
 declare("rft_no_hint", "noisy", *rft(operators=NO_HINT))
 declare("rft_entropy_critic", "noisy", *rft(critic="entropy"))
 
-SIGMAS = tuple(f"sigma_{sigma}_{advantage}" for sigma in (0.1, 0.5, 2.0) for advantage in ("grpo", "grpo_no_std"))
+# ---------------------------------------------------------------------------------------------------- AutoTool
+
+SHARES = (35, 55, 75, 85)  # percent of easy items in training
+AT_STEPS = 120
+REGULARISERS = {
+    "none": {},
+    "constant_0.01": {"entropy_regulariser": "constant", "entropy_coef": 0.01},
+    "constant_0.1": {"entropy_regulariser": "constant", "entropy_coef": 0.1},
+    "constant_0.3": {"entropy_regulariser": "constant", "entropy_coef": 0.3},
+    "adaptive": {"entropy_regulariser": "adaptive", "entropy_target": "relative"},
+    "decoupled": {"entropy_regulariser": "decoupled", "entropy_target": "relative"},
+    "decoupled_short": {"entropy_regulariser": "decoupled", "entropy_target": "relative", "beta_short": 0.01},
+}
+PROBE_STEPS = (10, 20, 30, 40)  # checkpoints of a short run that data refinement looks at
+
+
+def warm(rule: str) -> tuple[Stage, ...]:
+    """The warm-up set and SFT on it; none = RL from the base."""
+    if rule == "none":
+        return ()
+    builder = Stage("warmup", "warmup", {"num_generations": 8, "limit": 400, "label_rule": rule}, 1.5)
+    return builder, Stage("warm", "train_sft", {**SFT, "data": "{warmup}/sft.jsonl"}, 0.5)
+
+
+def refined(how: str) -> tuple[Stage, ...]:
+    """A third of 900 questions, chosen from probes of a short run's checkpoints, for the RL stage after them."""
+    short = Stage("probe_rl", "train_rl", {"reward": "autotool", "max_steps": PROBE_STEPS[-1], "save_steps": 10,
+                                           "save_total_limit": 0, "limit": 900}, 0.8)  # fmt: skip
+    probes = [
+        Stage(f"probe_{n}", "rollout", {"model_name_or_path": "{probe_rl}/checkpoint-" + str(n), "limit": 900}, 1.5)
+        for n in PROBE_STEPS
+    ]
+    files = [f"{{probe_{n}}}" for n in PROBE_STEPS]
+    flags = {"trajectories": files, "data": "{train}", "num_questions": 300, "refine": how}
+    return short, *probes, Stage("refine", "refine", flags, 0.2)
+
+
+def at(rule: str, share: int, regulariser: str, **flags: Any) -> str:
+    """The variant of one cell of the factorial: asymmetric reward, warm-up rule, share of easy items, regulariser."""
+    stages = *warm(rule), rl(AT_STEPS, **({"reward": "autotool"} | REGULARISERS[regulariser] | flags))
+    return declare(f"at_{share}_{rule}_{regulariser}", f"sums_{share}", *stages)
+
+
+declare("at_base", "sums_85")
+for share in SHARES:
+    for rule, regulariser in (("none", "none"), ("none", "decoupled"), ("majority", "none"), ("majority", "decoupled")):
+        at(rule, share, regulariser)
+    for mode, reward in (("think", "correct"), ("no_think", "correct")):
+        stage = rl(AT_STEPS, reward=reward, mode=mode)
+        declare(f"at_{share}_always_{mode}", f"sums_{share}", stage, mode=mode)
+for share in (35, 85):
+    for rule in ("none", "any", "majority"):
+        for regulariser in REGULARISERS:
+            at(rule, share, regulariser)
+    declare(f"at_{share}_correct", f"sums_{share}", rl(AT_STEPS, reward="correct"))
+    declare(f"at_{share}_length", f"sums_{share}", rl(AT_STEPS, reward="length_penalty"))
+    for how in ("epochs_low", "random"):
+        stage = rl(AT_STEPS, data="{refine}", reward="autotool", **REGULARISERS["decoupled"])
+        declare(f"at_{share}_refine_{how}", f"sums_{share}", *refined(how), stage)
+
+# ---------------------------------------------------------------------------------------------------- entropy
+
+SEGMENTS = ("reasoning", "with_call", "think")
+MARGINS = (0.0, 0.02, 0.1, 0.3)
+KL = {"beta": 1e-3}
+
+
+def entropy(name: str, world: str = "noisy", **flags: Any) -> str:
+    """RL with the KL to the start that both entropy rewards have."""
+    dense = {"advantage": "entropy_dense"} if flags["reward"] == "entropy_dense" else {}
+    return declare(name, world, rl(**KL, **dense, **flags))
+
+
+for world in ("noisy", "plain"):
+    suffix = "" if world == "noisy" else "_plain"
+    entropy(f"en_correct{suffix}", world, reward="correct")
+    for segment in SEGMENTS if world == "noisy" else SEGMENTS[:1]:
+        for margin in MARGINS if world == "noisy" else MARGINS[:1]:
+            for kind in ("sparse", "dense"):
+                flags = {"reward": f"entropy_{kind}", "segment": segment, "delta_margin": margin}
+                entropy(f"en_{kind}_{segment}_{margin}{suffix}", world, **flags)
+for indicator in ("random", "oracle", "reference"):
+    entropy(f"en_sparse_{indicator}", reward="entropy_sparse", indicator=indicator)
+for penalty in PENALTIES:
+    entropy(f"en_price_{penalty}", reward="calls_penalty", call_penalty=penalty)
+
+SPARSE, DENSE = "en_sparse_reasoning_0.0", "en_dense_reasoning_0.0"
+BOTH = ("", "_plain")
+
+# ---------------------------------------------------------------------------------------------------- claims
+
+
+def shares(first: str, second: str, over: tuple[int, ...] = SHARES) -> tuple[tuple[str, str], ...]:
+    """The pair at_SHARE_first, at_SHARE_second for every share of easy items."""
+    return tuple((f"at_{share}_{first}", f"at_{share}_{second}") for share in over)
+
+
+ENDS = (35, 85)
 CLAIMS = {
+    # --- main rows
     "et_behaviour_reward": Claim(
         "2601.06860, ablations", "the behaviour reward raises efficiency over the outcome reward at equal correctness",
         "efficiency", +1, 0.02, MARGIN, (("rl_et", "rl_correct"), ("rl_et_plain", "rl_correct_plain"))),
+    "en_sparse": Claim(
+        "2602.02050, sparse reward", "the sparse entropy reward cuts tool calls at non-inferior correctness",
+        "calls", -1, 0.3, MARGIN, tuple((SPARSE + w, "en_correct" + w) for w in BOTH)),
+    "en_dense": Claim(
+        "2602.02050, dense reward", "the dense entropy reward raises correctness over the outcome reward",
+        "correctness", +1, 0.005, None, tuple((DENSE + w, "en_correct" + w) for w in BOTH)),
+    "at_collapse": Claim(
+        "2603.13348, finding", "GRPO without entropy term stops thinking on hard items (asymmetric or plain reward)",
+        "thinking|hard", -1, 0.3, None,
+        tuple((f"at_{s}_{kind}", "at_base") for s in ENDS for kind in ("none_none", "correct"))),
+    "at_autotool": Claim(
+        "2603.13348, method", "warm-up and decoupled constraint keep thinking on hard items",
+        "thinking|hard", +1, 0.3, MARGIN, shares("majority_decoupled", "none_none")),
     "et_against_start": Claim(
         "2601.06860, main table", "training with the behaviour reward raises efficiency over the model it starts from",
         "efficiency", +1, 0.05, MARGIN, (("rl_et", "base"), ("rl_et_plain", "base_plain"))),
+    "at_fewer_tokens": Claim(
+        "2603.13348, main table", "AutoTool writes fewer tokens than a model that always thinks, no less accurate",
+        "tokens", -1, 1.0, MARGIN, shares("majority_decoupled", "always_think")),
     "et_flywheel": Claim(
         "2601.06860, ablations", "edited trajectories make a better start than fresh samples, before and after RL",
         "efficiency", +1, 0.0, MARGIN, (("rft", "rft_fresh"), ("rft_rl_et", "rft_fresh_rl_et"))),
-    "et_pareto": Claim(
-        "2601.06860, ablations", "questions chosen by Pareto sampling teach more than as many chosen otherwise",
-        "efficiency", +1, 0.0, MARGIN,
-        tuple(("select_pareto", f"select_{other}") for other in ("random", "s_corr_only", "s_tool_only"))),
     "et_fixed_sigma": Claim(
         "2601.06860, sec. 5", "a fixed weight of the behaviour terms costs correctness against the outcome reward",
         "correctness", -1, 0.01, None, tuple((name, "rl_correct") for name in SIGMAS)),
-    "et_beats_simple_rules": Claim(
-        "control", "the behaviour reward is more than a price or a cap on calls",
+    # --- what does it
+    "en_sparse_controls": Claim(
+        "control", "the sign of the entropy change does more than random marks, a frozen model's, or a price on calls",
+        "efficiency", +1, 0.0, MARGIN,
+        tuple((SPARSE, other) for other in
+              ("en_sparse_random", "en_sparse_oracle", "en_sparse_reference", *(f"en_price_{p}" for p in PENALTIES)))),
+    "en_dense_calls": Claim(
+        "our expectation", "the dense reward carries no pressure against calling: more calls than the outcome reward",
+        "calls", +1, 0.0, MARGIN, tuple((DENSE + w, "en_correct" + w) for w in BOTH)),
+    "at_warmup": Claim(
+        "2603.13348, sec. on warm-up", "the warm-up alone keeps thinking on hard items",
+        "thinking|hard", +1, 0.3, MARGIN, shares("majority_none", "none_none") + shares("any_none", "none_none", ENDS)),
+    "at_constraint": Claim(
+        "2603.13348, method", "the decoupled constraint alone keeps thinking on hard items",
+        "thinking|hard", +1, 0.3, MARGIN, shares("none_decoupled", "none_none")),
+    "at_easy": Claim(
+        "2603.13348, main table", "AutoTool thinks less on easy items than the base does",
+        "thinking|easy", -1, 0.1, MARGIN, tuple((f"at_{s}_majority_decoupled", "at_base") for s in SHARES)),
+    "at_modes_matter": Claim(
+        "2603.13348, main table", "AutoTool is more accurate than a model that never thinks",
+        "correctness", +1, 0.05, None, shares("majority_decoupled", "always_no_think")),
+    "at_length_penalty": Claim(
+        "2603.13348, finding", "a price on length does not cure the collapse",
+        "thinking|hard", +1, 0.3, MARGIN, shares("majority_decoupled", "length", ENDS)),
+    "at_refinement": Claim(
+        "2603.13348, ablations", "training on the steadiest questions raises accuracy over random ones",
+        "correctness", +1, 0.01, None, shares("refine_epochs_low", "refine_random", ENDS)),
+    "et_beats_price": Claim(
+        "control", "the behaviour reward is more than a price on calls",
+        "efficiency", +1, 0.0, MARGIN, tuple(("rl_et", f"rl_price_{p}") for p in PENALTIES)),
+    "et_beats_cap": Claim(
+        "control", "the behaviour reward is more than a hard cap on calls",
         "efficiency", +1, 0.0, MARGIN, (("rl_et", "rl_cap_2"),)),
     "et_hint": Claim(
         "2601.06860, sec. 4.1", "hint injection leaves fewer questions with too few calls",
@@ -140,4 +276,37 @@ CLAIMS = {
     "et_critic": Claim(
         "control", "a critic that knows the needed calls beats one that reads entropies only",
         "efficiency", +1, 0.0, MARGIN, (("rft", "rft_entropy_critic"),)),
+    # --- long sweeps
+    "at_decoupling": Claim(
+        "2603.13348, ablations", "two coefficients are better than one for both modes",
+        "correctness", +1, 0.01, None, tuple(
+            pair for rule in ("majority", "none") for pair in shares(f"{rule}_decoupled", f"{rule}_adaptive", ENDS))),
+    "at_adaptation": Claim(
+        "2603.13348, ablations", "a learned coefficient is better than any fixed one",
+        "correctness", +1, 0.01, None, tuple(
+            pair for rule in ("majority", "none") for coefficient in ("0.01", "0.1", "0.3")
+            for pair in shares(f"{rule}_decoupled", f"{rule}_constant_{coefficient}", ENDS))),
+    "at_short_coefficient": Claim(
+        "2603.13348, ablations", "no entropy term on answers without thinking is better than a small one",
+        "correctness", +1, 0.0, None, tuple(
+            pair for rule in ("majority", "none")
+            for pair in shares(f"{rule}_decoupled", f"{rule}_decoupled_short", ENDS))),
+    "at_label_rule": Claim(
+        "control", "labels by majority rather than by any right sample keep more thinking on hard items",
+        "thinking|hard", +1, 0.05, MARGIN, tuple(
+            pair for regulariser in REGULARISERS
+            for pair in shares(f"majority_{regulariser}", f"any_{regulariser}", ENDS))),
+    "en_margin": Claim(
+        "ours", "a margin cuts calls further, whatever the segment",
+        "calls", -1, 0.1, MARGIN, tuple(
+            (f"en_sparse_{segment}_{margin}", f"en_sparse_{segment}_0.0")
+            for segment in SEGMENTS for margin in MARGINS[1:])),
+    "en_segment": Claim(
+        "ours", "reasoning without the call's own tokens is the segment that works",
+        "efficiency", +1, 0.02, MARGIN, tuple((SPARSE, f"en_sparse_{segment}_0.0") for segment in SEGMENTS[1:])),
+    "en_dense_variants": Claim(
+        "ours", "the dense reward raises correctness whatever segment and margin",
+        "correctness", +1, 0.005, None, tuple(
+            (f"en_dense_{segment}_{margin}", "en_correct") for segment in SEGMENTS for margin in MARGINS
+            if (segment, margin) != ("reasoning", 0.0))),
 }  # fmt: skip

@@ -205,9 +205,11 @@ def listing(claims: dict[str, Claim], cells: dict, rows: dict) -> str:
                 if job.folder not in counted and not job.done.exists():
                     counted.add(job.folder)
                     minutes += cost
-        missing = [f"{v}/{s}" for v, s in mine if (v, s) not in rows]
-        lines.append([name, len(mine) - len(missing), len(mine), f"{minutes:.0f}", ", ".join(missing) or "none"])
-    return table(["claim", "done", "cells", "minutes on one core", "missing"], lines)
+        missing = {v: ",".join(str(s) for w, s in mine if w == v and (v, s) not in rows) for v in sorted(variants)}
+        done = sum(key in rows for key in mine)
+        words = " ".join(f"{v}/{seeds}" for v, seeds in missing.items() if seeds)
+        lines.append([name, f"{done} of {len(mine)}", f"{minutes:.0f}", words or "none"])
+    return table(["claim", "cells done", "minutes on one core", "missing (variant/seeds)"], lines)
 
 
 def write_report(claims: dict[str, Claim], cells: dict, rows: dict, args: Args) -> dict[str, str]:

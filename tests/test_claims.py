@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 import claims
-from claim_cells import EVAL_SEED, easy_mix, locked, plan_cell, row_file, run_cell
+from claim_cells import EVAL_SEED, adapter_of, hard_ids, locked, measure, plan_cell, row_file, run_cell
 from claim_list import CLAIMS, VARIANTS, WORLDS, Claim
 from claims import cells_of, collect_rows, decide, next_cell, run_missing
 from common import parse_args
-from trajectory import DataError, read_jsonl
+from trajectory import DataError, ToolCall, Trajectory, read_jsonl, save_trajectories
 
 COLUMNS = {"correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking"}
 CLAIM = Claim("here", "x", "calls", -1, 0.5, 0.01, (("rl_et", "rl_correct"),))
@@ -84,17 +84,6 @@ def test_no_two_stages_of_different_flags_share_a_folder(flags):
             assert seen.setdefault(job.folder, (job.script, job.flags)) == (job.script, job.flags)
 
 
-def test_easy_mix_has_the_share_asked_for():
-    rows, hard = [{"id": str(i)} for i in range(100)], {str(i) for i in range(70)}
-    for share, n in ((0.35, 85), (0.85, 35)):  # 30 easy ones are there: 30 / .35 = 85, 30 / .85 = 35
-        mix = easy_mix(rows, hard, share, 0)
-        assert len(mix) == n == len({r["id"] for r in mix})
-        assert sum(r["id"] not in hard for r in mix) == round(n * share)
-        assert mix == easy_mix(rows, hard, share, 0) != easy_mix(rows, hard, share, 1)
-    with pytest.raises(DataError, match="no mix of both"):
-        easy_mix(rows, {r["id"] for r in rows}, 0.5, 0)
-
-
 # ---------------------------------------------------------------------------------------------------- rows, verdicts
 
 
@@ -138,8 +127,8 @@ def test_a_subset_of_the_questions():
 
 
 def test_report_and_rows_file(flags):
-    args = claims.Args(only=["et_beats_simple_rules"], seeds=2, **flags)
-    cells = cells_of({"et_beats_simple_rules": CLAIMS["et_beats_simple_rules"]}, args)
+    args = claims.Args(only=["et_beats_cap"], seeds=2, **flags)
+    cells = cells_of({"et_beats_cap": CLAIMS["et_beats_cap"]}, args)
     columns = dict(efficiency=[1, 1, 1, 1])
     for (variant, seed), cell in cells.items():
         if (variant, seed) != ("rl_cap_2", 1):
@@ -150,10 +139,10 @@ def test_report_and_rows_file(flags):
     assert list(rows) == [("rl_et", 0), ("rl_cap_2", 0), ("rl_et", 1)]
     stored = [r for _, r in read_jsonl(Path(flags["results"]) / "rows.jsonl")]
     assert {(r["variant"], r["seed"]) for r in stored} == set(rows)
-    claims.write_report({"et_beats_simple_rules": CLAIMS["et_beats_simple_rules"]}, cells, rows, args)
+    claims.write_report({"et_beats_cap": CLAIMS["et_beats_cap"]}, cells, rows, args)
     report = (Path(flags["results"]) / "report.md").read_text()
     assert "Not run: rl_cap_2/1." in report and "undecided (1 of 2 seeds)" in report
-    assert "rl_cap_2/1" in claims.listing({"et_beats_simple_rules": CLAIMS["et_beats_simple_rules"]}, cells, rows)
+    assert "rl_cap_2/1" in claims.listing({"et_beats_cap": CLAIMS["et_beats_cap"]}, cells, rows)
     elsewhere = claims.Args(**vars(args) | {"output_dir": flags["output_dir"] + "2"})  # the rows alone are enough
     assert collect_rows(cells_of(CLAIMS, elsewhere), elsewhere) == rows
     scaled = claims.Args(**vars(args) | {"max_steps": 1})  # rows of another scale are kept and not used
@@ -219,7 +208,7 @@ def test_bad_flags(argv, message, capsys):
 def test_two_cells_killed_in_training_end_with_the_same_rows(tmp_path):
     if not Path("data/tiny/model.safetensors").exists():
         pytest.skip("data/tiny is not there")
-    flags = dict(only=["et_beats_simple_rules"], seeds=1, max_steps=2, train_questions=24, eval_questions=12, workers=2)
+    flags = dict(only=["et_beats_cap"], seeds=1, max_steps=2, train_questions=24, eval_questions=12, workers=2)
 
     def rows_in(folder, killed):
         args = claims.Args(**flags, output_dir=str(folder / "out"), results=str(folder / "results"))
@@ -247,3 +236,38 @@ def kill_in_training(args, folders):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not list(Path(args.output_dir).glob("rows/*"))
+
+
+def test_hard_items_are_those_the_base_gets_wrong_without_thinking(tmp_path):
+    """Right samples of 4: a 4, b 2 (not fewer than half), c 1, d 0."""
+    rows = [
+        Trajectory(name, i, "think", [1, 1], 1, [0, 1], True, f"<answer>{8 - (i < right)}</answer>", [], [], "eos", "7")
+        for name, right in (("a", 4), ("b", 2), ("c", 1), ("d", 0))
+        for i in range(4)
+    ]
+    save_trajectories(tmp_path / "probe.jsonl", rows)
+    assert hard_ids(str(tmp_path / "probe.jsonl")) == {"c", "d"}
+
+
+def test_a_row_has_one_value_per_question():
+    calls = [ToolCall("search", "a of b", "a of b is c"), ToolCall("search", "a of b", "a of b is c")]
+    answers = [("q2", "c", calls, 1), ("q1", "d", [], 1), ("q3", "c", [], 0)]
+    made = [
+        Trajectory(i, 0, "think", [1, 1, 1], 1, [0, 1, 1], True, f"<answer>{a}</answer>", [], list(c), "eos", ["c"],
+                   meta={"min_tool_calls": need}) for i, a, c, need in answers
+    ]  # fmt: skip
+    found = measure(made, {"q1"})
+    assert found["questions"] == {
+        "correctness": [0.0, 1.0, 1.0], "efficiency": [0.0, 0.5, 1.0], "calls": [0, 2, 0], "redundant": [0, 1, 0],
+        "insufficient": [1, 0, 0], "tokens": [2, 2, 2], "thinking": [1, 1, 1], "hard": [1, 0, 0], "easy": [0, 1, 1],
+    }  # fmt: skip
+    assert found["metrics"]["correctness"] == pytest.approx(2 / 3)
+    assert found["asked"] == measure(made[::-1], None)["asked"] != measure(made[:2], None)["asked"]
+
+
+def test_after_a_curriculum_the_model_is_its_last_adapter(tmp_path):
+    assert adapter_of(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "result.json").write_text('{"loss": 1.0}')
+    assert adapter_of(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "result.json").write_text('{"adapter": "x/round-3/rl"}')
+    assert adapter_of(str(tmp_path)) == "x/round-3/rl"
