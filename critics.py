@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from math import nan
-from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conversation import Draft, encode, render_prompt
 from data.questions import Question
+from entropy import segment_entropies
 from eval.behaviour import duplicate_calls, unused_calls
 from model import collate, token_stats
 from operators import Finding, Step, steps_of, thoughts_of
@@ -124,7 +123,7 @@ def entropy_critic(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a
         entropies, found = token_entropies(ts, model, tokenizer, a), []
         for t, entropy in zip(ts, entropies):
             steps = steps_of(t, tokenizer)
-            found.append(judge(t, steps, segment_entropies(t, entropy, steps)))
+            found.append(judge(t, steps, segment_entropies(t, entropy=entropy) if steps else []))
         return found
 
     return Critic(
@@ -148,20 +147,6 @@ def token_entropies(
         for row, i in enumerate(rows):
             entropies[i] = entropy[row, : len(ts[i].token_ids)].tolist()
     return entropies
-
-
-def segment_entropies(t: Trajectory, entropy: list[float], steps: list[Step]) -> list[float]:
-    """H(r_k): mean entropy of the model-written reasoning of each step, before its call [2602.02050; PAPERS C1].
-
-    One value per step, nats per token; nan where the model wrote nothing before the call.
-    """
-    means = []
-    for step in steps:
-        calls = [s.start for s in t.spans if s.kind == "tool_call" and step.start <= s.start < step.end]
-        end = min(calls, default=step.end)
-        written = [entropy[i] for i in range(step.start, end) if t.loss_mask[i]]
-        means.append(fmean(written) if written else nan)
-    return means
 
 
 # ---------------------------------------------------------------------------------------------------- model

@@ -279,14 +279,14 @@ def test_entropy_critic_reads_the_reasoning_before_each_call(tmp_path):
                 entropy[span.start : span.end] = [9.0] * (span.end - span.start)
         return replace(t, entropy=entropy)
 
-    assert critics.segment_entropies(t, with_levels([3, 2, 1]).entropy, steps) == pytest.approx([3, 2, 1])
+    assert critics.segment_entropies(with_levels([3, 2, 1])) == pytest.approx([3, 2, 1])
     critic = critics.entropy_critic(ScriptedModel(PLAIN, policy_and_critic), PLAIN, arguments(tmp_path))
     falling, rising, flat = with_levels([3, 2, 1]), with_levels([1, 2, 3]), with_levels([3, 1, 1])
     found = critic.redundant_step([falling, rising, flat])
     assert found[0] == "none" and found[1].step == 0 and found[2] == operators.Finding(1, "<think>ann again</think>\n")
     assert [f.step for f in critic.flawed_step([falling, rising])] == [0, 2]
     empty = sampled(["<search>author of x</search>", LAST])
-    H = critics.segment_entropies(empty, [1.0] * len(empty.token_ids), operators.steps_of(empty, PLAIN))
+    H = critics.segment_entropies(empty, entropy=[1.0] * len(empty.token_ids))
     assert math.isnan(H[0]) and H[1] == 1.0
     stored = replace(empty, entropy=[float(m) for m in empty.loss_mask])
     assert critic.redundant_step([stored]) == ["none"] and critic.flawed_step([stored]) == [operators.Finding(1, "")]

@@ -38,7 +38,7 @@ MAY_IMPORT = {  # module or package -> what of ours it may import
     "engine": {"tools", "model", "conversation", "rollout"},
     "selection": {"trajectory", "common", "data", "eval"},
     "operators": {"trajectory", "tools", "data", "conversation"},
-    "critics": {"trajectory", "tools", "data", "model", "conversation", "rollout", "eval", "operators"},
+    "critics": {"trajectory", "entropy", "tools", "data", "model", "conversation", "rollout", "eval", "operators"},
 }
 
 
