@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -61,6 +61,10 @@ class RolloutArgs:
     base_url: str = arg("", "engine openai: the server, such as http://localhost:8000/v1; key in OPENAI_API_KEY")
     served_model_name: str = arg("", "engine openai: the model's name there; default: --model_name_or_path")
     num_generations: int = arg(8, "G, trajectories per question")
+    branching: Literal["none", "random", "arpo", "threshold"] = arg(
+        "none", "start fewer and branch after tool results (ARPO): by the rise of entropy, or with p = 0.5 (random)"
+    )
+    initial_rollouts: int = arg(0, "N0, rollouts that branching starts with; 0 = half of G (ARPO: 8 of 16)")
     max_prompt_length: int = arg(2048, "longest prompt, in tokens; a longer one is an error before any work")
     max_completion_length: int = arg(512, "response budget in tokens, tool results included")
     temperature: float = arg(1.0, "sampling temperature; 0 = greedy (not in RL)")
@@ -99,6 +103,13 @@ class RolloutArgs:
             raise ValueError(f"--engine {self.engine} does not go with --base_url {self.base_url!r}")
         if self.engine == "fast" and self.repetition_penalty != 1.0:
             raise ValueError(f"--repetition_penalty {self.repetition_penalty} needs --engine hf")
+        if self.engine == "openai" and self.branching != "none":
+            raise ValueError(f"--branching {self.branching} needs --engine hf or fast, which know the entropies")
+        if not 0 <= self.initial_rollouts <= (self.num_generations if self.branching != "none" else 0):
+            raise ValueError(
+                f"--initial_rollouts {self.initial_rollouts} does not go with --branching {self.branching} and "
+                f"--num_generations {self.num_generations}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- tools
@@ -202,6 +213,10 @@ class Draft:
     calls: list[ToolCall] = field(default_factory=list)
     finish: str | None = None
     sampled: bool = True
+    tree: Any = field(default=None, repr=False, compare=False)  # of branching.py, if the draft may branch
+    parent: int | None = None  # sample index of the draft it branched off
+    inherited: int = 0  # ids copied from there, the prompt included
+    cache: Any = field(default=None, repr=False, compare=False)  # what engine.py keeps of the parent until it starts
 
     def __post_init__(self):
         self.mask = self.mask or [0] * len(self.ids)
@@ -270,7 +285,9 @@ def to_trajectory(draft: Draft, tokenizer: PreTrainedTokenizerBase) -> Trajector
         question=draft.question.question,
         task=draft.question.task,
         dialect=draft.dialect,
-        meta=draft.question.meta | ({"tools": draft.question.tools} if draft.question.task == "function" else {}),
+        meta=draft.question.meta
+        | ({"tools": draft.question.tools} if draft.question.task == "function" else {})
+        | ({"parent": draft.parent, "inherited": draft.inherited} if draft.parent is not None else {}),
     )
 
 

@@ -19,136 +19,25 @@ graphs yet: a `slot_plan` of one group, all rows at full width, makes a step's s
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from branching import OPENING, entropy_share, note_segment
 from conversation import Draft, RolloutArgs, ToolBox
 from model import causal_lm, sampling_mode
 from rollout import closes_tag, closing_tokens, collect_results, eos_ids, gumbel_noise, score_processors, submit_calls
+from slot_cache import WIDTH, Group, SlotCache, causal_mask, round_up, slot_attention, slot_plan
 from tools.parse import STOPS
 
 ROWS = 16  # rows of every matrix product are a multiple of this
-WIDTH = 64  # keys of every attention are a multiple of this
 PIECE = 256  # tokens of one row in one prefill pass
 PASS = 4096  # tokens of all rows in one prefill pass
 IN_STEP = 24  # results up to this many tokens are fed while others sample, longer ones are prefilled
-CALL = 100  # keys that one more attention call is worth
-ATTENTION = "tare_slots"  # name of `attend` among transformers' attention functions
-
-Group = tuple[slice, slice, int, Tensor]  # rows of the pass, their slots, keys seen, mask (rows, 1, 1, n, keys)
-Branch = Callable[[Draft], list[Draft]]  # a draft whose tool result has been read -> drafts that go on from there
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple that is at least n."""
-    return -(-n // multiple) * multiple
-
-
-# ---------------------------------------------------------------------------------------------------- cache, attention
-
-
-class SlotCache(Cache):
-    """Keys and values of all slots: per layer two buffers (S, H_kv, L, D), written at any (slot, position)."""
-
-    def __init__(self, slots: int):
-        super().__init__(layers=[])
-        self.slots, self.width, self.buffers = slots, 0, []
-        self.where: tuple[Tensor, Tensor] = None  # slots (R, 1), positions (R, n) of the pass
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """Write (R, H_kv, n, D) keys and values; returns the whole buffers, `attend` picks its keys."""
-        if layer_idx == len(self.buffers):
-            shape = (self.slots, key_states.shape[1], self.width, key_states.shape[3])
-            self.buffers.append([key_states.new_zeros(shape), value_states.new_zeros(shape)])
-        slots, positions = self.where
-        for buffer, states in zip(self.buffers[layer_idx], (key_states, value_states)):
-            buffer[slots, :, positions] = states.transpose(1, 2)  # (R, n, H_kv, D)
-        return tuple(self.buffers[layer_idx])
-
-    def reserve(self, width: int) -> None:
-        """Make room for `width` tokens per slot; at least doubles, so that growing costs little."""
-        if width <= self.width:
-            return
-        self.width = max(round_up(width, WIDTH), 2 * self.width)
-        for pair in self.buffers:
-            for i, old in enumerate(pair):
-                pair[i] = old.new_zeros(*old.shape[:2], self.width, old.shape[3])
-                pair[i][:, :, : old.shape[2]] = old
-
-    def save(self, slot: int, length: int) -> list[Tensor]:
-        """Copies of the first `length` positions of a slot."""
-        return [buffer[slot, :, :length].clone() for pair in self.buffers for buffer in pair]
-
-    def load(self, slot: int, saved: list[Tensor]) -> None:
-        """Put what `save` returned into a slot."""
-        for buffer, states in zip((b for pair in self.buffers for b in pair), saved):
-            buffer[slot, :, : states.shape[1]] = states
-
-
-def attend(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float, plan: list[Group], **other
-) -> tuple[Tensor, None]:
-    """Attention of (R, H_q, n, D) queries, group by group of `plan`, to their slots' keys; rows in no group get 0.
-
-    Key heads are never repeated: the query heads that share one are stacked as more queries of it.
-    """
-    if odd := [k for k in ("softcap", "s_aux", "sliding_window", "position_bias") if other.get(k) is not None]:
-        raise ValueError(f"--engine fast has no {odd[0]}, which this model's attention uses; use --engine hf")
-    R, heads, n, D = query.shape
-    shared = heads // key.shape[1]
-    query = (query * scaling).reshape(R, key.shape[1], shared * n, D)
-    out = torch.zeros_like(query)
-    for rows, slots, width, mask in plan:
-        scores = query[rows] @ key[slots, :, :width].transpose(2, 3)  # (r, H_kv, shared * n, width)
-        scores = scores.unflatten(2, (shared, n)).add_(mask).flatten(2, 3)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-        out[rows] = weights @ value[slots, :, :width]
-    return out.reshape(R, heads, n, D).transpose(1, 2).contiguous(), None  # (R, n, H_q, D)
-
-
-def causal_mask(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """(r, n) positions of the queries -> (r, 1, 1, n, width), 0 where a key is visible and -inf elsewhere."""
-    hidden = torch.arange(width, device=positions.device) > positions[:, None, None, :, None]
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
-
-
-def slot_plan(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """Groups (first, end, keys) of neighbouring slots for one decode step; lengths: keys each slot needs, 0 = none.
-
-    A group pays for its longest row, another group for its call: rows join where that is cheaper.
-    """
-    groups: list[tuple[int, int, int]] = []
-    for slot, length in enumerate(lengths):
-        width = round_up(length, WIDTH)
-        if groups and length:
-            first, end, keys = groups[-1]
-            if (slot + 1 - first) * max(keys, width) <= (end - first) * keys + width + CALL:
-                groups[-1] = (first, slot + 1, max(keys, width))
-                continue
-        if length:
-            groups.append((slot, slot + 1, width))
-    return groups
-
-
-@contextmanager
-def slot_attention(lm: PreTrainedModel) -> Iterator[None]:
-    """Inside: the model's layers call `attend`."""
-    AttentionInterface.register(ATTENTION, attend)
-    before = lm.config._attn_implementation
-    lm.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        lm.set_attn_implementation(before)
-
-
-# ---------------------------------------------------------------------------------------------------- engine
 
 
 @dataclass
@@ -159,13 +48,8 @@ class Slot:
     length: int  # ids whose keys and values are cached
     feed: deque[int]  # ids that follow them; when it runs empty the next token is sampled
     new_ids: list[int] = field(default_factory=list)  # sampled in this turn
+    opening: list[float] = field(default_factory=list)  # entropies of the first of them, for branching
     calls: list[Future] = field(default_factory=list)  # running; the slot rests until all are done
-
-
-def fork(draft: Draft, sample_idx: int, seed: int) -> Draft:
-    """A draft that goes on from here on its own, under another seed."""
-    copies = {name: list(getattr(draft, name)) for name in ("ids", "mask", "segments", "calls")}
-    return replace(draft, sample_idx=sample_idx, seed=seed, **copies)
 
 
 class Engine:
@@ -179,9 +63,8 @@ class Engine:
         args: RolloutArgs,
         toolbox: ToolBox,
         pool: Executor,
-        branch: Branch | None,
     ):
-        self.tokenizer, self.args, self.toolbox, self.pool, self.branch = tokenizer, args, toolbox, pool, branch
+        self.tokenizer, self.args, self.toolbox, self.pool = tokenizer, args, toolbox, pool
         self.decoder, self.head = causal_lm(model).base_model, causal_lm(model).get_output_embeddings()
         self.dtype, self.on = self.decoder.dtype, next(model.parameters()).device
         self.eos = set(eos_ids(model, tokenizer))
@@ -192,10 +75,13 @@ class Engine:
         self.prefixes: dict[tuple, list[Tensor]] = {}  # ids -> cache rows of all but the last, while drafts wait
         for d in drafts:
             self.enqueue(d)
-        size = args.rollout_batch_size if branch else min(args.rollout_batch_size, max(len(self.queue), 1))
+        trees = {id(d.tree): d.tree.size for d in drafts if d.tree}
+        most = sum(trees.values()) + sum(not d.tree for d in drafts)
+        size = min(args.rollout_batch_size, max(most, 1))
         self.slots: list[Slot | None] = [None] * round_up(size, ROWS)
         self.cache = SlotCache(len(self.slots))
         self.counts = Counter(prefilled=0, copied=0, fed=0, sampled=0, steps=0)
+        self.turned = True  # a turn has ended, or is over by its limits, since `more` was asked
 
     def enqueue(self, draft: Draft) -> None:
         """Put a draft into the queue, unless it is finished or has no budget left."""
@@ -203,7 +89,8 @@ class Engine:
             draft.finish = draft.finish or "length"
         if draft.finish is None:
             self.queue.append(draft)
-            self.waiting[tuple(draft.ids)] += 1
+            if draft.cache is None:
+                self.waiting[tuple(draft.ids)] += 1
 
     def forward(self, tokens: Tensor, slots: list[int], positions: Tensor, plan: list[Group]) -> Tensor:
         """(R, n) tokens at (R, n) positions of R slots -> hidden states (R, n, H); fills the cache."""
@@ -213,24 +100,33 @@ class Engine:
         return out.last_hidden_state
 
     def admit(self) -> None:
-        """Fill free slots from the queue; drafts with equal ids get copies of one prefill."""
+        """Fill free slots from the queue; drafts with equal ids get copies of one prefill, a branch its parent's rows."""
         room = self.args.rollout_batch_size - sum(slot is not None for slot in self.slots)
         members: dict[tuple, list[int]] = {}
         for i in [i for i, slot in enumerate(self.slots) if slot is None][: min(room, len(self.queue))]:
             draft = self.queue.popleft()
             self.slots[i] = Slot(draft, 0, deque(draft.ids))
-            members.setdefault(tuple(draft.ids), []).append(i)
+            if draft.cache is None:
+                members.setdefault(tuple(draft.ids), []).append(i)
+            else:
+                self.copy_rows(i, draft.cache)
+                draft.cache = None
         self.prefill([m[0] for ids, m in members.items() if ids not in self.prefixes])
         for ids, m in members.items():
             self.waiting[ids] -= len(m)
             if ids not in self.prefixes:
                 self.prefixes[ids] = self.cache.save(m.pop(0), len(ids) - 1)
             for i in m:
-                self.cache.load(i, self.prefixes[ids])
-                self.slots[i].length, self.slots[i].feed = len(ids) - 1, deque(ids[-1:])
-                self.counts["copied"] += len(ids) - 1
+                self.copy_rows(i, self.prefixes[ids])
             if not self.waiting[ids]:
                 del self.waiting[ids], self.prefixes[ids]
+
+    def copy_rows(self, i: int, saved: list[Tensor]) -> None:
+        """Give a slot the cache rows of all its ids but the last."""
+        slot = self.slots[i]
+        self.cache.load(i, saved)
+        slot.length, slot.feed = len(slot.draft.ids) - 1, deque(slot.draft.ids[-1:])
+        self.counts["copied"] += slot.length
 
     def prefill(self, todo: list[int]) -> None:
         """Cache everything but the last id of these slots, in pieces; rows of equal padded length share a pass."""
@@ -285,25 +181,19 @@ class Engine:
         rows = ready + ready[:1] * (round_up(len(ready), ROWS) - len(ready))
         logits = self.head(hidden[rows])[: len(ready)]  # (len(ready), V)
         scores = self.processors(None, logits.float())
+        young = [r for r, i in enumerate(ready) if drafts[r].tree and len(self.slots[i].new_ids) < OPENING]
+        if young and self.args.branching != "random":
+            for r, share in zip(young, entropy_share(scores[young]).tolist()):
+                self.slots[ready[r]].opening.append(share)
         if self.args.temperature > 0:
             seeds = torch.tensor([d.seed for d in drafts], device=self.on)
             at = torch.tensor([d.response_len + len(self.slots[i].new_ids) for i, d in zip(ready, drafts)])
             scores = scores + gumbel_noise(seeds, at.to(self.on), scores.shape[-1])
         for i, token in zip(ready, scores.argmax(dim=-1).tolist()):
             slot = self.slots[i]
-            if self.branch and not slot.new_ids and slot.draft.segments and slot.draft.segments[-1][0] == "tool":
-                self.start_branches(i)
             slot.new_ids.append(token)
             slot.feed.append(token)
             self.end_turn(i, token)
-
-    def start_branches(self, i: int) -> None:
-        """Queue what `branch` makes of a draft whose tool result is cached; each begins with the draft's ids."""
-        for child in self.branch(self.slots[i].draft):
-            ids = tuple(child.ids)
-            self.enqueue(child)
-            if self.waiting[ids] == 1:
-                self.prefixes[ids] = self.cache.save(i, len(ids) - 1)
 
     def end_turn(self, i: int, token: int) -> None:
         """Close the turn if this token ends it: start its tool calls, or free the slot."""
@@ -313,18 +203,27 @@ class Engine:
             ended = closes_tag(slot.new_ids, STOPS[draft.dialect], self.tokenizer)
         if not ended and draft.response_len + len(slot.new_ids) < self.args.max_completion_length:
             return
+        if child := note_segment(draft, slot.opening, self.args.branching):
+            child.cache = self.cache.save(i, len(child.ids) - 1)
         draft.append("model", slot.new_ids, self.tokenizer.decode(slot.new_ids))
-        slot.new_ids = []
+        slot.new_ids, slot.opening = [], []
         if not ended:
             draft.finish = "length"
         if pending := submit_calls([draft], self.toolbox, self.args, self.eos, self.pool):
-            slot.calls = pending[0][1]
+            slot.calls, self.turned = pending[0][1], True
         else:
             self.go_on(i)
 
+    def grow(self, more: Callable[[], list[Draft]]) -> bool:
+        """Queue what `more` returns, asked only if a turn has ended since; True if there was something."""
+        new, self.turned = more() if self.turned else [], False
+        for draft in new:
+            self.enqueue(draft)
+        return bool(new)
+
     def go_on(self, i: int) -> None:
         """Next turn of a slot, or free it if its draft is finished or has no budget left."""
-        draft = self.slots[i].draft
+        draft, self.turned = self.slots[i].draft, True
         if draft.response_len >= self.args.max_completion_length:
             draft.finish = draft.finish or "length"
         if draft.finish is not None:
@@ -345,7 +244,8 @@ class Engine:
     def shrink(self) -> None:
         """With an empty queue, move the drafts of the last slots into free ones, so that a step has fewer rows."""
         rows = round_up(max(sum(slot is not None for slot in self.slots), 1), ROWS)
-        if self.queue or self.branch or rows == len(self.slots):
+        growing = any(slot and slot.draft.tree and not slot.draft.tree.full for slot in self.slots)
+        if self.queue or growing or rows == len(self.slots):
             return
         free = [i for i in range(rows) if self.slots[i] is None]
         for source in range(rows, len(self.slots)):
@@ -362,11 +262,10 @@ def complete(
     drafts: list[Draft],
     args: RolloutArgs,
     toolbox: ToolBox,
-    branch: Branch | None = None,
+    more: Callable[[], list[Draft]] = list,
 ) -> Counter:
     """Sample every draft to its end, as rollout.complete does; returns token counts.
 
-    Drafts that `branch` returns (see `fork`) get copies of the cache; their calls and budget count from the prompt on.
     Counts: prefilled, copied (cache rows instead of a prefill), fed (in step with sampling), sampled, steps.
     """
     with (
@@ -375,9 +274,9 @@ def complete(
         slot_attention(causal_lm(model)),
         ThreadPoolExecutor(args.tool_workers) as pool,
     ):
-        engine = Engine(model, tokenizer, drafts, args, toolbox, pool, branch)
+        engine = Engine(model, tokenizer, drafts, args, toolbox, pool)
         stalled = False
-        while engine.queue or any(engine.slots):
+        while engine.grow(more) or engine.queue or any(engine.slots):
             engine.collect(block=stalled)
             engine.admit()
             engine.shrink()

@@ -85,6 +85,8 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
             raise ValueError(f"--operators {unknown[0]!r} is not one of {get_args(OperatorName)}")
         if self.mode != "auto":
             raise ValueError(f"--mode {self.mode}: an edit may replace the forced opening; the flywheel needs auto")
+        if self.branching != "none":
+            raise ValueError(f"--branching {self.branching}: the flywheel branches by its operators")
         if self.engine == "openai" and (
             self.critic == "entropy" or self.critic == "model" and not self.critic_base_url
         ):

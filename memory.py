@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from engine import PASS, PIECE, ROWS, WIDTH, round_up
+from engine import PASS, PIECE, ROWS
 from kernels.linear_logprob_entropy import UPCAST_ELEMENTS, chunk_rows
 from model import DTYPES
+from slot_cache import WIDTH, round_up
 from trajectory import DataError
 
 CONTEXT = 2**29  # bytes that CUDA itself takes: an allowance, not a measurement

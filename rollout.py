@@ -14,6 +14,7 @@ the readable reference. `--engine fast` (engine.py) does the same work on a cach
 
 import json
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -36,6 +37,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from branching import OPENING, entropy_share, grow, note_segment, plant
 from common import arg, cli, write_text
 from conversation import (
     Draft,
@@ -47,7 +49,6 @@ from conversation import (
     open_tools,
     result_text,
     run_call,
-    start_draft,
     to_trajectory,
 )
 from data.questions import Question, load_questions
@@ -126,6 +127,18 @@ class GumbelSampling(LogitsProcessor):
         return scores + gumbel_noise(seeds, positions, scores.shape[-1])
 
 
+class OpeningEntropy(LogitsProcessor):
+    """Keeps the entropies of the first steps of every row (see branching.py); changes no score."""
+
+    def __init__(self):
+        self.steps: list[Tensor] = []  # (B,) each
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if len(self.steps) < OPENING:
+            self.steps.append(entropy_share(scores))
+        return scores
+
+
 def score_processors(args: RolloutArgs) -> LogitsProcessorList:
     """What turns logits into the scores that are sampled from, by the flags; shared by the engines."""
     processors = LogitsProcessorList()
@@ -153,7 +166,9 @@ def generate_turn(
     budgets = [args.max_completion_length - d.response_len for d in drafts]
     eos = eos_ids(model, tokenizer)
     on = next(model.parameters()).device
-    processors = score_processors(args)
+    processors, opening = score_processors(args), OpeningEntropy()
+    if args.branching in ("arpo", "threshold"):
+        processors.append(opening)
     if args.temperature > 0:
         processors.append(GumbelSampling(drafts, width))
     config = GenerationConfig(  # greedy over noisy logits; the model's own settings must not shape the samples
@@ -171,8 +186,10 @@ def generate_turn(
         stopping_criteria=StoppingCriteriaList([StopAtTags(drafts, width, eos, tokenizer)]),
     )[:, width:].tolist()
     closing = closing_tokens(tokenizer)
-    for d, new_ids, budget in zip(drafts, out, budgets):
+    entropies = torch.stack(opening.steps, dim=1).tolist() if opening.steps else [[] for _ in drafts]  # (B, <= 20)
+    for d, new_ids, budget, entropy in zip(drafts, out, budgets, entropies):
         count, ended = turn_length(new_ids[:budget], set(eos), closing, STOPS[d.dialect], tokenizer)
+        note_segment(d, entropy[:count], args.branching)
         d.append("model", new_ids[:count], tokenizer.decode(new_ids[:count]))
         if not ended:
             d.finish = "length"
@@ -233,9 +250,10 @@ def rollout(
 
     run: what seeds the sampling besides question and sample, e.g. (seed, step).
     """
-    drafts = [start_draft(q, i, tokenizer, args, run) for q in questions for i in range(args.num_generations)]
-    complete(model, tokenizer, drafts, args, toolbox)
-    return [to_trajectory(d, tokenizer) for d in drafts]
+    trees = [plant(q, tokenizer, args, run) for q in questions]
+    drafts = [d for tree in trees for d in tree.drafts]
+    complete(model, tokenizer, drafts, args, toolbox, lambda: [d for t in trees for d in grow(t, tokenizer, args, run)])
+    return [to_trajectory(d, tokenizer) for tree in trees for d in tree.drafts]
 
 
 def complete(
@@ -244,15 +262,17 @@ def complete(
     drafts: list[Draft],
     args: RolloutArgs,
     toolbox: ToolBox,
+    more: Callable[[], list[Draft]] = list,
 ) -> None:
     """Sample every draft to its end, by `--engine`: engine.py, engine_openai.py, or here turn by turn in batches.
 
     The batches take turns in a fixed order, so the tool calls of one run while the next one generates.
+    more: asked after every turn for drafts that start now (branching).
     """
     if args.engine == "fast":
         import engine  # here, because engine.py builds on this module
 
-        engine.complete(model, tokenizer, drafts, args, toolbox)
+        engine.complete(model, tokenizer, drafts, args, toolbox, more)
         return
     if args.engine == "openai":
         import engine_openai  # for the same reason
@@ -272,6 +292,10 @@ def complete(
             if live:
                 generate_turn(model, tokenizer, live, args)
                 batches.append((live, submit_calls(live, toolbox, args, eos, pool)))
+            for d in more():
+                if not batches or len(batches[-1][0]) >= size:
+                    batches.append(([], []))
+                batches[-1][0].append(d)
 
 
 def load_sampler(args: Any) -> tuple[Any, PreTrainedTokenizerBase]:

@@ -18,12 +18,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import arg, cli, seed_of, table
+from common import arg, cli, seed_of, table, write_text
 from data.questions import Question, load_questions
 from eval.grader import score
 from trajectory import DataError, Task, Trajectory, read_jsonl, write_jsonl
 
 SelectorName = Literal["all", "random", "pareto", "s_corr_only", "s_tool_only"]
+STATISTICS = ("n", "correctness", "calls", "S_corr", "S_tool")
 QA_RIGHT = 0.75  # F1 from which a QA trajectory counts as right here (the flywheel asks for more than 0.8)
 
 
@@ -170,21 +171,25 @@ class Args:
 
 
 def main(args: Args) -> list[Question]:
-    """Select questions, write their rows and print how they differ from the rest."""
+    """Select questions, write their rows, print (and write beside them) how they differ from the rest."""
     if Path(args.output).exists() and not args.overwrite:
         raise DataError(f"--output {args.output} exists; use another or --overwrite")
     questions = {q.id: q for q in load_questions(args.data, args.task, split=args.split)}
     groups = read_groups(args.trajectories, questions)
     chosen = [groups[i] for i in select(groups, args.selector, args.num_questions, args.seed)]
-    write_jsonl(args.output, (row_of(questions[g.question_id]) for g in chosen))
     sets = {"sampled": groups, "with signal": [g for g in groups if g.has_signal], "selected": chosen}
-    rows = [[name, len(set_), *map(fmean, zip(*map(_numbers, set_)))] for name, set_ in sets.items() if set_]
-    print(table(["questions", "n", "correctness", "calls", "S_corr", "S_tool"], rows))
+    numbers = {name: statistics(members) for name, members in sets.items()}
+    print(table(["questions", *STATISTICS], [[name, *row.values()] for name, row in numbers.items()]))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(args.output + ".stats.json"), json.dumps(numbers, indent=1) + "\n")
+    write_jsonl(args.output, (row_of(questions[g.question_id]) for g in chosen))
     return [questions[g.question_id] for g in chosen]
 
 
-def _numbers(group: Group) -> tuple[float, ...]:
-    return fmean(group.scores), fmean(group.calls), *group.point
+def statistics(groups: list[Group]) -> dict[str, float]:
+    """Number of questions, and means over them of correctness, calls, S_corr and S_tool (0 if there are none)."""
+    rows = [(fmean(g.scores), fmean(g.calls), *g.point) for g in groups]
+    return dict(zip(STATISTICS, (len(groups), *(map(fmean, zip(*rows)) if rows else [0.0] * 4))))
 
 
 def read_groups(path: str, questions: dict[str, Question]) -> list[Group]:

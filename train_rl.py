@@ -16,7 +16,7 @@ of a step among N processes. Left out on purpose: critics, reward models, off-po
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Literal
 
@@ -25,6 +25,7 @@ from transformers import get_scheduler
 
 import distributed
 import plan
+from branching import tokens_saved
 from checkpoint import resume, save_checkpoint
 from common import Run, RunArgs, arg, cli, shuffled, start_run
 from conversation import RolloutArgs, check_prompts, mode_tokens, open_tools
@@ -73,6 +74,7 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     reward: RewardName = arg("correct", "what is optimised")
     sigma_tool: float = arg(0.1, "et_agent: how steeply more calls than the group's mean cost (paper 0.1)")
     sigma_length: float = arg(0.1, "et_agent: the same for reasoning length (paper 0.1)")
+    sigma_schedule: Literal["fixed", "linear"] = arg("fixed", "linear: both σ fall to 0 within the run (ET-Agent's code)")
     behaviour_gain: float = arg(1.0, "et_agent: g, 1 in the paper, 2 in its code")
     segment: Segment = arg("reasoning", "entropy_*: which tokens between two tool results make a segment")
     delta_margin: float = arg(0.0, "entropy_*: a call counts as reducing below −margin, in nats (paper 0)")
@@ -236,9 +238,10 @@ def train(args: Args) -> dict:
             batches = [micro_batches(part, model, tokenizer.pad_token_id, args) for part in parts]
 
             # ------------------------------------------------------------------------------------ reward
+            now = at_step(step, args)
             for group in groups_of(trajectories):
                 correctness, formed = zip(*(score(t) for t in group))
-                for t, terms in zip(group, REWARDS[args.reward](group, list(correctness), list(formed), args)):
+                for t, terms in zip(group, REWARDS[args.reward](group, list(correctness), list(formed), now)):
                     t.rewards = terms
 
             # ------------------------------------------------------------------------------------ advantage
@@ -323,6 +326,17 @@ def question_indices(n: int, step: int, args: Args) -> list[int]:
     return order[cut * args.questions_per_step : (cut + 1) * args.questions_per_step]
 
 
+def at_step(step: int, args: Args) -> Args:
+    """The flags as they hold at a step (from 0): with the linear schedule σ_t = σ (T − t) / (T − 1) [PAPERS A4].
+
+    t = step + 1 of T = max_steps, so that σ is whole at the first step and 0 at the last; a single step has it whole.
+    """
+    if args.sigma_schedule == "fixed" or args.max_steps == 1:
+        return args
+    left = (args.max_steps - 1 - step) / (args.max_steps - 1)
+    return replace(args, sigma_tool=args.sigma_tool * left, sigma_length=args.sigma_length * left)
+
+
 def split(items: list, parts: int) -> list[list]:
     """`parts` consecutive slices of equal length."""
     size = len(items) // parts
@@ -350,6 +364,7 @@ def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
         "void_turns": fmean(void_turns(t) > 0 for t in flat),
         "time/tool_p50": seconds[len(seconds) // 2],
         "time/tool_p99": seconds[len(seconds) * 99 // 100],
+        "rollout/tokens_saved": tokens_saved(flat),
     }
 
 

@@ -15,9 +15,12 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import branching
 import conversation as c
 import engine as e
 import rollout as r
+import slot_cache
+from common import seed_of
 from data.questions import Question, load_questions
 from eval import benchmark_rollout
 from eval.benchmark_rollout import scripted_noise
@@ -239,37 +242,51 @@ def test_tools_run_while_other_slots_decode(real, monkeypatch):
     assert [call.result for d in drafts for call in d.calls] == ["True"] * 3
 
 
-def test_branches_share_the_cache_and_keep_seeds_and_budget(real):
-    """A branch goes on as the reference does from the same ids under the same seed, and counts from the prompt on."""
-    model, tokenizer = real
-    args = c.RolloutArgs(num_generations=1, max_completion_length=150, rollout_batch_size=2)
-    given = c.encode(tokenizer, CALL)
-    result = c.encode(tokenizer, c.result_text(["2" * 40], tokenizer, "tags"))
+def test_a_branch_copies_the_rows_of_its_parent(real, monkeypatch):
+    """Nothing of a branch is prefilled; what it copies was computed once, for the parent."""
+    tokenizer = real[1]
+    monkeypatch.setattr(branching, "branch_probability", lambda *_: 1.0)
+    flags = dict(num_generations=5, branching="arpo", initial_rollouts=2, max_completion_length=700, tool_workers=1)
+    args = c.RolloutArgs(**flags, rollout_batch_size=2)
+    tree = branching.plant(question(0), tokenizer, args, (0,))
+    seeds = [seed_of(0, "0", i) for i in range(5)]
+    script = script_of([LONG, CALL, ANSWER], tokenizer)
+    noise = scripted_noise(dict.fromkeys(seeds, script))
+    monkeypatch.setattr(e, "gumbel_noise", noise)
+    more = lambda: branching.grow(tree, tokenizer, args, (0,))  # noqa: E731
+    counts = e.complete(*real, list(tree.drafts), args, {"python": echo}, more)
+    assert [(d.parent, d.finish) for d in tree.drafts] == [(None, "eos")] * 2 + [(0, "eos"), (1, "eos"), (0, "eos")]
+    assert all(d.ids == tree.drafts[0].ids and d.cache is None for d in tree.drafts) and not tree.forks
+    prompt, (long, short) = tree.drafts[0].prompt_len, (end for who, _, end, _ in tree.drafts[0].segments if who == "tool")
+    assert [d.inherited for d in tree.drafts] == [0, 0, long, long, short]
+    result = len(c.encode(tokenizer, c.result_text([echo("99").text], tokenizer, "tags")))
+    assert counts["copied"] == (prompt - 1) + 2 * (long - 1) + (short - 1)
+    assert counts["prefilled"] == (prompt - 1) + 2 * result  # the long result of each of the two that ran its call
+    assert counts["sampled"] == sum(sum(d.mask[d.inherited :]) for d in tree.drafts)
 
-    def start():
-        draft = drafts_of([question(0)], tokenizer, args)[0]
-        draft.append("given", given, CALL)
-        draft.append("tool", result, "")
-        return draft
 
-    children = []
+def test_a_growing_tree_is_the_same_as_under_generate(real, monkeypatch):
+    """arpo in float32: real entropies, scripted turns; whatever the number of slots and whoever comes first."""
+    tokenizer = real[1]
+    turns = [[CALL, CALL, ANSWER], [CALL, ANSWER], [ANSWER], [CALL, LONG, CALL, ANSWER]]
+    questions = [question(i, 1 + i % 2) for i in range(4)]
+    scripts = {}
+    for q in questions:
+        for i in range(8):
+            scripts[seed_of(0, q.id, i)] = script_of(turns[(int(q.id) + i) % 4 if i < 4 else 0], tokenizer)
+    noise = scripted_noise(scripts)
+    monkeypatch.setattr(r, "gumbel_noise", noise)
+    monkeypatch.setattr(e, "gumbel_noise", noise)
 
-    def branch(draft):
-        if draft.sample_idx == 0 and not children:
-            children.extend(e.fork(draft, i, seed=100 + i) for i in (1, 2, 3))
-            return children
-        return []
+    def run(engine, slots):
+        flags = dict(num_generations=8, initial_rollouts=4, branching="arpo", max_completion_length=330)
+        args = c.RolloutArgs(**flags, engine=engine, rollout_batch_size=slots)
+        return [t.to_json() for t in r.rollout(*real, questions, args, {"python": echo}, (0,))]
 
-    parent = start()
-    counts = e.complete(model, tokenizer, [parent], args, {}, branch)
-    expected = [e.fork(start(), i, seed=100 + i) for i in (1, 2, 3)]
-    r.complete(model, tokenizer, expected, args, {})
-    assert [d.ids for d in children] == [d.ids for d in expected] and len({tuple(d.ids) for d in children}) == 3
-    assert all(d.response_len == 150 or d.finish == "eos" for d in [parent, *children])
-    assert counts["copied"] == 3 * (parent.prompt_len + len(given + result) - 1)
-    alone = start()
-    e.complete(model, tokenizer, [alone], args, {})
-    assert alone.ids == parent.ids and parent.mask == alone.mask  # a branch leaves its origin as it was
+    slow = run("hf", 64)
+    assert run("fast", 64) == slow and run("fast", 5) == slow and run("hf", 3) == slow
+    children = [t for t in map(json.loads, slow) if "parent" in t["meta"]]
+    assert 4 <= len(children) < 16 and len({t["meta"]["inherited"] for t in children}) > 2
 
 
 def test_neighbouring_slots_are_grouped_where_that_is_cheaper():
@@ -280,8 +297,8 @@ def test_neighbouring_slots_are_grouped_where_that_is_cheaper():
         covered = [i for first, end, _ in groups for i in range(first, end)]
         assert covered == sorted(set(covered)) and {i for i, n in enumerate(lengths) if n} <= set(covered)
         assert all(keys % e.WIDTH == 0 and keys >= max(lengths[a:b]) for a, b, keys in groups)
-        cost = sum((b - a) * keys + e.CALL for a, b, keys in groups)
-        alone = sum(e.round_up(n, e.WIDTH) + e.CALL for n in lengths if n)
+        cost = sum((b - a) * keys + slot_cache.CALL for a, b, keys in groups)
+        alone = sum(e.round_up(n, e.WIDTH) + slot_cache.CALL for n in lengths if n)
         assert cost <= alone
     assert e.slot_plan([30] * 16) == [(0, 16, 64)] and e.slot_plan([4000, 64, 64]) == [(0, 1, 4032), (1, 3, 64)]
 

@@ -637,6 +637,7 @@ def test_bad_flags_are_named(tmp_path):
     for flags, message in [
         ({"operators": ["magic"]}, "--operators 'magic'"),
         ({"mode": "think"}, "--mode think"),
+        ({"branching": "arpo"}, "--branching arpo"),
         ({"critic": "rule", "critic_base_url": "http://x"}, "--critic_base_url"),
         ({"rounds": -1}, "--rounds -1"),
         ({"rft_per_question": 0}, "--rft_per_question"),

@@ -21,8 +21,8 @@ import memory
 import plan
 import train_rl
 import train_sft
-from engine import SlotCache
 from model import Batch, adamw, enable_checkpointing, head_weight, hidden_of_targets
+from slot_cache import SlotCache
 from trajectory import DataError
 
 ROOT = Path(__file__).parent.parent
