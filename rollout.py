@@ -37,7 +37,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from branching import OPENING, entropy_share, grow, note_segment, plant
+from branching import OPENING, Tree, entropy_share, grow, note_segment, plant
 from common import arg, cli, write_text
 from conversation import (
     Draft,
@@ -251,9 +251,21 @@ def rollout(
     run: what seeds the sampling besides question and sample, e.g. (seed, step).
     """
     trees = [plant(q, tokenizer, args, run) for q in questions]
+    complete_trees(model, tokenizer, trees, args, toolbox, run)
+    return [to_trajectory(d, tokenizer) for tree in trees for d in tree.drafts]
+
+
+def complete_trees(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    trees: list[Tree],
+    args: RolloutArgs,
+    toolbox: ToolBox,
+    run: tuple,
+) -> None:
+    """Sample the drafts of the trees (see branching.py) and those that the trees grow meanwhile."""
     drafts = [d for tree in trees for d in tree.drafts]
     complete(model, tokenizer, drafts, args, toolbox, lambda: [d for t in trees for d in grow(t, tokenizer, args, run)])
-    return [to_trajectory(d, tokenizer) for tree in trees for d in tree.drafts]
 
 
 def complete(
@@ -359,14 +371,12 @@ def main(args: Args) -> list[Trajectory]:
         bar = tqdm(total=len(questions), initial=len(questions) - len(todo), desc="rollout", unit="question")
         for at in range(0, len(todo), per_batch):
             chunk = todo[at : at + per_batch]
-            drafts = [
-                start_draft(q, i, tokenizer, args, (args.seed,)) for q in chunk for i in range(args.num_generations)
-            ]
+            trees = [plant(q, tokenizer, args, (args.seed,)) for q in chunk]
             try:
-                complete(model, tokenizer, drafts, args, toolbox)
+                complete_trees(model, tokenizer, trees, args, toolbox, (args.seed,))
             finally:  # a server that went away leaves whole groups, which are kept
-                broken = {d.question.id for d in drafts if d.finish is None}
-                group = [to_trajectory(d, tokenizer) for d in drafts if d.question.id not in broken]
+                whole = [tree for tree in trees if tree.full and all(d.finish for d in tree.drafts)]
+                group = [to_trajectory(d, tokenizer) for tree in whole for d in tree.drafts]
                 out.writelines(t.to_json() + "\n" for t in group)
                 out.flush()
             done += group

@@ -106,7 +106,7 @@ class Killed(Exception):
 
 def test_killed_anywhere_it_ends_with_the_same_adapter(flags, tmp_path, monkeypatch):
     whole = run(flags)
-    real, calls = rollout.rollout, []
+    real, calls = rollout.complete_trees, []
 
     def mortal(*args):
         calls.append(0)
@@ -114,8 +114,7 @@ def test_killed_anywhere_it_ends_with_the_same_adapter(flags, tmp_path, monkeypa
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(rollout, "rollout", mortal)
-    monkeypatch.setattr(train_rl, "rollout", mortal)
+    monkeypatch.setattr(rollout, "complete_trees", mortal)
     deaths = 0
     for dies in (2, 3, 2, 4, 3, 99):
         calls.clear()

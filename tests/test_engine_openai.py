@@ -18,7 +18,7 @@ import eval.evaluate
 import flywheel
 import rollout
 import train_rl
-from conversation import RolloutArgs
+from conversation import RolloutArgs, start_draft
 from data.questions import Question
 from tools.client import ServerError, request_json
 from tools.parse import STOPS
@@ -186,7 +186,7 @@ def test_ids_that_their_text_does_not_give_back_are_sent_as_ids(tiny_model):
     tokenizer = byte_tokenizer()
     args = RolloutArgs(engine="openai", base_url="http://x")
     server = engine_openai.Server("http://x", "m", None)
-    d = rollout.start_draft(QUESTIONS[0], 0, tokenizer, args, (0,))
+    d = start_draft(QUESTIONS[0], 0, tokenizer, args, (0,))
     assert isinstance(engine_openai.request_of(d, server, tokenizer, args)["prompt"], str)
     eos = tokenizer.eos_token_id
     d.append("model", tokenizer("<|im_")["input_ids"] + tokenizer("end|>")["input_ids"], "<|im_end|>")  # spelled out
