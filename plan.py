@@ -1,20 +1,26 @@
 """What a run will do and need, before any weights are loaded: steps, tokens, memory, and whether it fits.
 
 `--dry_run` on train_rl.py, train_sft.py and flywheel.py prints it for the longest trajectories that the flags allow
-(memory.py has the formulas), checks the data that is there, and ends with exit code 2 if the run cannot fit.
+(memory.py has the formulas), checks the data that is there, and ends with exit code 2 if the run cannot fit. For any
+script, `python plan.py [--gb N] SCRIPT FLAGS…` reads its flags and plans what they ask for:
+
+    python plan.py --gb 24 train_rl.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --load_in_4bit …
+    python plan.py --gb 24 -m eval.evaluate --model_name_or_path …
 """
 
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from common import arg, table
+from common import arg, cli, table
 from conversation import start_draft
 from data.questions import load_questions
 from memory import CONTEXT, Parts, decoder_of, read_config, rollout, training
@@ -180,3 +186,45 @@ def check_questions(args: Any) -> tuple[int, int, str]:
         return len(questions), args.max_prompt_length, "questions read; no tokenizer here: prompts not checked"
     longest = max(start_draft(q, 0, tokenizer, args, ()).prompt_len for q in questions)
     return len(questions), longest, f"questions read, prompts of up to {longest} tokens"
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def usage(problem: str) -> NoReturn:
+    """One line and exit code 2."""
+    print(f"plan.py: error: {problem}; usage: plan.py [--gb N] [-m] SCRIPT FLAGS…", file=sys.stderr)
+    sys.exit(2)
+
+
+def plan_command(argv: list[str]) -> None:
+    """Read the flags of another script as it would; plan the run if it has a model, say so if it has none."""
+    gb = 0
+    if argv[:1] == ["--gb"] and argv[1:] and argv[1].isdigit():
+        gb, argv = int(argv[1]), argv[2:]
+    argv = argv[1:] if argv[:1] == ["-m"] else argv
+    name = (argv or [""])[0].removesuffix(".py").replace("/", ".")
+    if not (Path(__file__).parent / f"{name.replace('.', '/')}.py").is_file():
+        usage(f"{name!r} is no script")
+    module = importlib.import_module(name)
+    if not hasattr(module, "Args"):
+        usage(f"{name} has no flags that can be read without running it")
+    sys.argv = argv
+
+    def plan(args: Any) -> None:
+        if hasattr(args, "dry_run"):
+            args.dry_run, args.dry_run_gb = True, gb
+            module.main(args)
+        elif getattr(args, "engine", None) and args.data:
+            args.dry_run_gb = gb
+            questions, prompt, checked = check_questions(args)
+            work = {"data": checked, "trajectories per question": args.num_generations}
+            dry_run(args, work, prompt, questions * args.num_generations or args.rollout_batch_size)
+        else:
+            print(f"{name}: flags are fine; it needs no model")
+
+    cli(plan, module.Args)
+
+
+if __name__ == "__main__":
+    plan_command(sys.argv[1:])
