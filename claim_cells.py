@@ -18,12 +18,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import torch
+
 import rollout
 from claim_list import VARIANTS, WORLDS, Variant
 from common import commit, write_text
 from data.world import World, questions
 from data.world_noise import MIX
 from eval.behaviour import insufficient, redundant_calls
+from eval.entropy_pilot import analyse, fill_entropies
 from eval.evaluate import evaluate
 from eval.grader import score
 from tools.search import SearchIndex
@@ -128,7 +131,12 @@ def run_cell(cell: Cell, args: Any) -> dict:
     hard = hard_ids(cell.files["held_out_probe"]) if world.easy_share is not None else None
     row = {"variant": cell.variant, "seed": cell.seed, "digest": cell.digest, "commit": commit(), "threads": 1}
     row |= {"base": base_digest(args.base), "seconds": round(seconds, 1)}
-    row |= measure(load_trajectories(cell.jobs[-1].output), hard) | {"curves": curves(cell.jobs)}
+    trajectories = load_trajectories(cell.jobs[-1].output)
+    row |= measure(trajectories, hard) | {"curves": curves(cell.jobs)}
+    if any(t.tool_calls for t in trajectories):  # ΔH of the calls under the model that made them [PAPERS C1]
+        torch.set_num_threads(1)  # as in the stages, which may all have been finished before
+        fill_entropies(trajectories, adapter_of(cell.jobs[-1].flags["model_name_or_path"]))
+        row["entropy"] = analyse(trajectories, [score(t)[0] for t in trajectories])[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(row) + "\n")
     return row

@@ -30,6 +30,7 @@ from trajectory import DataError, read_jsonl, write_jsonl
 
 SHOWN = ("correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking_rate")
 PASSED_ON = ("output_dir", "base", "preset", "train_questions", "eval_questions", "max_steps")  # to a cell's process
+CALL_LABELS = ("needed", "redundant", "repeated")
 STOP_SECONDS = 60  # that a stopped cell gets to close its tools
 
 
@@ -228,6 +229,9 @@ def write_report(claims: dict[str, Claim], cells: dict, rows: dict, args: Args) 
         parts += [f"## {name}", "", f"{claim.says} ({claim.where}). Holds if: {rule}.", ""]
         parts += [table(["first", "second", "seeds", claim.metric, "correctness", "verdict"], found), ""]
         parts += [variants_table(claim, rows), ""]
+        if "2602.02050" in claim.where:
+            parts += ["Share of entropy-reducing calls and mean ΔH (nats) by what a call was worth:", ""]
+            parts += [calls_table(claim, rows), ""]
         if missing := [f"{v}/{s}" for v, s in cells if (v, s) not in rows and any(v in pair for pair in claim.pairs)]:
             parts += [f"Not run: {', '.join(missing)}.", ""]
     Path(args.results).mkdir(parents=True, exist_ok=True)
@@ -274,6 +278,21 @@ def variants_table(claim: Claim, rows: dict) -> str:
         spread = [f"{fmean(c):.3f}" + (f" ± {stdev(c):.3f}" if len(c) > 1 else "") if c else "" for c in cells]
         lines.append([variant, len(mine), *spread])
     return table(["variant", "seeds", *SHOWN], lines)
+
+
+def calls_table(claim: Claim, rows: dict) -> str:
+    """How entropy changed over the calls of each variant's evaluation, mean over the seeds [PAPERS C1]."""
+    lines = []
+    for variant in dict.fromkeys(v for pair in claim.pairs for v in pair):
+        mine = [row["entropy"] for (v, _), row in sorted(rows.items()) if v == variant and "entropy" in row]
+        line = [variant, len(mine)]
+        for label in CALL_LABELS:
+            found = [e["label"][label] for e in mine if e["label"].get(label, {}).get("change") is not None]
+            means = [fmean(f[key] for f in found) for key in ("reducing", "change")] if found else []
+            line.append("{:.2f}, {:+.3f}".format(*means) if means else "")
+        areas = [e["auc_needed"]["value"] for e in mine if e["auc_needed"]["value"] is not None]
+        lines.append([*line, fmean(areas) if areas else ""])
+    return table(["variant", "seeds", *CALL_LABELS, "AUC of −ΔH for needed"], lines)
 
 
 def _shown(interval: Interval) -> str:

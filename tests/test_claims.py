@@ -126,6 +126,17 @@ def test_a_subset_of_the_questions():
     assert claims.difference(made[:1], made[1:], "calls|hard").mean == 2.0  # (1 − 0 + 3 − 0) / 2
 
 
+def test_calls_by_label_and_their_entropy():
+    def entropy(needed, change, auc):
+        labels = {"needed": {"reducing": needed, "change": change}, "redundant": {"reducing": 0.0, "change": None}}
+        return {"entropy": {"label": labels, "auc_needed": {"value": auc}}}
+
+    made = [row("rl_et", 0, (1,)) | entropy(1.0, -0.2, 0.9), row("rl_et", 1, (1,)) | entropy(0.5, -0.1, None)]
+    lines = claims.calls_table(CLAIM, rows_of(*made)).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["rl_et", "2", "0.75, -0.150", "", "", "0.900"]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["rl_correct", "0", "", "", "", ""]
+
+
 def test_report_and_rows_file(flags):
     args = claims.Args(only=["et_beats_cap"], seeds=2, **flags)
     cells = cells_of({"et_beats_cap": CLAIMS["et_beats_cap"]}, args)
@@ -218,9 +229,10 @@ def test_two_cells_killed_in_training_end_with_the_same_rows(tmp_path):
         for cell in cells.values():
             run_cell(cell, args)
         assert claims.main(args) != {}  # nothing left to run: rows and report
-        return [r | {"seconds": 0} for _, r in read_jsonl(folder / "results" / "rows.jsonl")]
+        return [r | {"seconds": 0, "commit": ""} for _, r in read_jsonl(folder / "results" / "rows.jsonl")]
 
     whole = rows_in(tmp_path / "whole", killed=False)
+    assert all(r["entropy"]["all"]["n"] and r["curves"]["step"] == [1, 2] for r in whole)
     assert len(whole) == 2 and whole == rows_in(tmp_path / "killed", killed=True)
 
 
