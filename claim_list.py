@@ -78,6 +78,7 @@ def rl(steps: int = 80, **flags: Any) -> Stage:
 ET = {"reward": "et_agent", "sigma_tool": 0.5, "sigma_length": 0.1}
 SFT = {"per_device_train_batch_size": 16, "max_steps": 60, "save_steps": 20}
 FLYWHEEL = {"critic": "rule", "limit": 300}
+SELECTORS = ("pareto", "random", "s_corr_only", "s_tool_only")
 SIGMAS = {f"sigma_{sigma}_{advantage}": (sigma, advantage) for sigma in (0.1, 0.5, 2.0)
           for advantage in ("grpo", "grpo_no_std")}  # fmt: skip
 PENALTIES = (0.05, 0.1, 0.3)
@@ -87,6 +88,12 @@ def rft(**flags: Any) -> tuple[Stage, Stage]:
     """Flywheel and fine-tuning on its RFT set; the same number of SFT examples whatever the flywheel found."""
     flywheel = Stage("flywheel", "flywheel", {**FLYWHEEL, **flags}, 1.5)
     return flywheel, Stage("rft", "train_sft", {**SFT, "data": "{flywheel}/rft.jsonl"}, 0.5)
+
+
+def curriculum(selector: str) -> Stage:
+    """Three rounds of 16 samples of 300 questions, 60 chosen, 30 RL steps on them; σ halves from round to round."""
+    flags = {"limit": 300, "selector": selector, "num_questions": 60, "max_steps": 30, "save_steps": 10}
+    return Stage("curriculum", "curriculum", {**ET, **flags, "sigma_schedule": "round"}, 5.5)
 
 
 FRESH = rft(rounds=0, num_generations=10)  # as many samples as 1 + 3 rounds of 3 may give, without any edit
@@ -101,11 +108,17 @@ declare("rft", "noisy", *rft())
 declare("rft_fresh", "noisy", *FRESH)
 declare("rft_rl_et", "noisy", *rft(), rl(**ET))
 declare("rft_fresh_rl_et", "noisy", *FRESH, rl(**ET))
+for selector in SELECTORS:
+    declare(f"rft_curriculum_{selector}", "noisy", *rft(), curriculum(selector))
 for name, (sigma, advantage) in SIGMAS.items():
-    declare(name, "noisy", rl(reward="et_agent", sigma_tool=sigma, sigma_length=sigma, advantage=advantage))
+    flags = {"reward": "et_agent", "sigma_tool": sigma, "sigma_length": sigma, "advantage": advantage}
+    declare(name, "noisy", rl(**flags))
+    declare(f"{name}_falling", "noisy", rl(**flags, sigma_schedule="linear"))
 for penalty in PENALTIES:
     declare(f"rl_price_{penalty}", "noisy", rl(reward="calls_penalty", call_penalty=penalty))
 declare("rl_cap_2", "noisy", rl(reward="correct", max_tool_calling_iterations=2))
+for branching in ("arpo", "random"):
+    declare(f"rl_et_{branching}", "noisy", rl(**ET, branching=branching))
 declare("rft_no_hint", "noisy", *rft(operators=NO_HINT))
 declare("rft_entropy_critic", "noisy", *rft(critic="entropy"))
 
@@ -234,9 +247,13 @@ CLAIMS = {
     "et_flywheel": Claim(
         "2601.06860, ablations", "edited trajectories make a better start than fresh samples, before and after RL",
         "efficiency", +1, 0.0, MARGIN, (("rft", "rft_fresh"), ("rft_rl_et", "rft_fresh_rl_et"))),
+    "et_pareto": Claim(
+        "2601.06860, ablations", "questions chosen by Pareto sampling teach more than as many chosen otherwise",
+        "efficiency", +1, 0.0, MARGIN,
+        tuple(("rft_curriculum_pareto", f"rft_curriculum_{other}") for other in SELECTORS[1:])),
     "et_fixed_sigma": Claim(
-        "2601.06860, sec. 5", "a fixed weight of the behaviour terms costs correctness against the outcome reward",
-        "correctness", -1, 0.01, None, tuple((name, "rl_correct") for name in SIGMAS)),
+        "2601.06860, sec. 5", "a fixed weight of the behaviour terms costs correctness against one that falls to 0",
+        "correctness", -1, 0.01, None, tuple((name, f"{name}_falling") for name in SIGMAS)),
     # --- what does it
     "en_sparse_controls": Claim(
         "control", "the sign of the entropy change does more than random marks, a frozen model's, or a price on calls",
@@ -270,6 +287,9 @@ CLAIMS = {
     "et_beats_cap": Claim(
         "control", "the behaviour reward is more than a hard cap on calls",
         "efficiency", +1, 0.0, MARGIN, (("rl_et", "rl_cap_2"),)),
+    "et_branching": Claim(
+        "2507.19849", "branching where entropy rises teaches more than branching at random or none",
+        "efficiency", +1, 0.0, MARGIN, (("rl_et_arpo", "rl_et_random"), ("rl_et_arpo", "rl_et"))),
     "et_hint": Claim(
         "2601.06860, sec. 4.1", "hint injection leaves fewer questions with too few calls",
         "insufficient", -1, 0.0, MARGIN, (("rft", "rft_no_hint"),)),
