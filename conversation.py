@@ -101,8 +101,6 @@ class RolloutArgs:
             raise ValueError(f"--noise {self.noise} needs an --index and --search_top_k 1")
         if (self.engine == "openai") != self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"--engine {self.engine} does not go with --base_url {self.base_url!r}")
-        if self.engine == "openai" and self.branching != "none":
-            raise ValueError(f"--branching {self.branching} looks at entropies; --engine openai has none")
         if self.engine == "fast" and self.repetition_penalty != 1.0:
             raise ValueError(f"--repetition_penalty {self.repetition_penalty} needs --engine hf")
         if self.engine == "openai" and self.branching != "none":

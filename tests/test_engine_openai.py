@@ -313,7 +313,5 @@ def test_flags_that_do_not_go_together(tmp_path):
     flywheel.Args(**flags, critic="model", critic_base_url="http://x/v1")
     with pytest.raises(ValueError, match="--engine openai does not go with --base_url ''"):
         RolloutArgs(engine="openai")
-    with pytest.raises(ValueError, match="--branching arpo"):
-        RolloutArgs(engine="openai", base_url="http://x", branching="arpo")
     with pytest.raises(ValueError, match="--engine hf does not go with --base_url 'http://x'"):
         RolloutArgs(base_url="http://x")
