@@ -183,6 +183,17 @@ def test_dense_without_calls_is_the_outcome_advantage():
     assert out[2] == pytest.approx([0] * 6, abs=1e-9)  # a single call has no baseline; the outcome is the mean
 
 
+def test_dense_gives_an_unclosed_call_the_outcome_advantage():
+    """It is no call: the last segment runs on through it, and there is no reward of its own."""
+    cut = [search(), search("b", error=UNCLOSED, ok=False)]
+    pieces = [("think", [2]), ("tool_call", [1]), ("tool_result", [0]), ("think", [1]), ("tool_call", [1])]
+    group = [lay_out(*pieces, calls=cut, finish="length"), pair()[1]]
+    out = ADVANTAGES["entropy_dense"](group, [{"correct": 0.0}, {"correct": 1.0}], FLAGS)
+    half = 0.5**0.5
+    assert out[0] == pytest.approx([0, 0, -half, -half, 0, -half, -half], abs=1e-5)
+    assert out[1] == pytest.approx([0, 0, half, half, 0, half], abs=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------- indicators
 
 
