@@ -77,7 +77,7 @@ def note_segment(draft: Draft, entropies: list[float], branching: str) -> Draft 
     if results and len(draft.ids) > draft.inherited:  # at its origin a child does not branch again
         uniform = seed_of(draft.seed, "branch", results) / 2**63
         if uniform < branch_probability(branching, openings[0], entropies):
-            copies = {name: list(getattr(draft, name)) for name in ("ids", "mask", "segments", "calls")}
+            copies = {name: list(getattr(draft, name)) for name in ("ids", "mask", "logp", "segments", "calls")}
             child = replace(draft, parent=draft.sample_idx, inherited=len(draft.ids), **copies)
             tree.forks[results, draft.sample_idx] = child
     openings.append(entropies[:OPENING])

@@ -83,6 +83,7 @@ class RolloutArgs:
     search_max_chars: int = arg(1200, "characters kept of each passage")
     noise: float = arg(0.0, "world's index only: scale 0 to 1 of wrong and ambiguous passages (data/world_noise.py)")
     noise_seed: int = arg(0, "draws which wordings of a query are answered with a flaw")
+    check: bool = arg(False, "keep the sampler's log-probs; train_rl.py verifies every step's invariants with them")
     python_timeout: float = arg(5.0, "seconds per python call")
     python_memory_mb: int = arg(512, "memory per python call")
     tool_workers: int = arg(2, "tool calls run at once")
@@ -209,6 +210,7 @@ class Draft:
     ids: list[int]
     prompt_len: int
     mask: list[int] = field(default_factory=list)  # of ids; grows with them
+    logp: list[float] = field(default_factory=list)  # of ids, as the sampler computed them, 0 elsewhere; with --check
     segments: list[tuple[str, int, int, str]] = field(default_factory=list)  # (model|tool|given, start, end, text)
     calls: list[ToolCall] = field(default_factory=list)
     finish: str | None = None
@@ -226,9 +228,11 @@ class Draft:
         """Tokens after the prompt, tool results included: what `max_completion_length` bounds."""
         return len(self.ids) - self.prompt_len
 
-    def append(self, who: str, ids: list[int], text: str) -> None:
-        """Add one segment: `model` ids are trained on, `tool` and `given` ids are not."""
+    def append(self, who: str, ids: list[int], text: str, logp: list[float] | None = None) -> None:
+        """Add one segment: `model` ids are trained on, `tool` and `given` ids are not. logp: the sampler's, if kept."""
         self.segments.append((who, len(self.ids), len(self.ids) + len(ids), text))
+        if logp is not None:
+            self.logp += [0.0] * (len(self.ids) - len(self.logp)) + logp
         self.ids += ids
         self.mask += [int(who == "model")] * len(ids)
 
@@ -281,6 +285,7 @@ def to_trajectory(draft: Draft, tokenizer: PreTrainedTokenizerBase) -> Trajector
         spans=spans,
         tool_calls=draft.calls,
         finish=draft.finish or "length",
+        rollout_logp=draft.logp + [0.0] * (len(draft.ids) - len(draft.logp)) if draft.logp else None,
         gold=draft.question.gold,
         question=draft.question.question,
         task=draft.question.task,

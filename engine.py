@@ -47,6 +47,7 @@ class Slot:
     draft: Draft
     length: int  # ids whose keys and values are cached
     feed: deque[int]  # ids that follow them; when it runs empty the next token is sampled
+    logp: list[float] = field(default_factory=list)  # of new_ids, with --check
     new_ids: list[int] = field(default_factory=list)  # sampled in this turn
     opening: list[float] = field(default_factory=list)  # entropies of the first of them, for branching
     calls: list[Future] = field(default_factory=list)  # running; the slot rests until all are done
@@ -185,11 +186,16 @@ class Engine:
         if young and self.args.branching != "random":
             for r, share in zip(young, entropy_share(scores[young]).tolist()):
                 self.slots[ready[r]].opening.append(share)
+        noisy = scores
         if self.args.temperature > 0:
             seeds = torch.tensor([d.seed for d in drafts], device=self.on)
             at = torch.tensor([d.response_len + len(self.slots[i].new_ids) for i, d in zip(ready, drafts)])
-            scores = scores + gumbel_noise(seeds, at.to(self.on), scores.shape[-1])
-        for i, token in zip(ready, scores.argmax(dim=-1).tolist()):
+            noisy = scores + gumbel_noise(seeds, at.to(self.on), scores.shape[-1])
+        chosen = noisy.argmax(dim=-1)
+        if self.args.check:
+            for i, logp in zip(ready, scores.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()):
+                self.slots[i].logp.append(logp)
+        for i, token in zip(ready, chosen.tolist()):
             slot = self.slots[i]
             slot.new_ids.append(token)
             slot.feed.append(token)
@@ -205,8 +211,9 @@ class Engine:
             return
         if child := note_segment(draft, slot.opening, self.args.branching):
             child.cache = self.cache.save(i, len(child.ids) - 1)
-        draft.append("model", slot.new_ids, self.tokenizer.decode(slot.new_ids))
-        slot.new_ids, slot.opening = [], []
+        logp = slot.logp if self.args.check else None
+        draft.append("model", slot.new_ids, self.tokenizer.decode(slot.new_ids), logp)
+        slot.new_ids, slot.opening, slot.logp = [], [], []
         if not ended:
             draft.finish = "length"
         if pending := submit_calls([draft], self.toolbox, self.args, self.eos, self.pool):

@@ -116,15 +116,19 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
 class GumbelSampling(LogitsProcessor):
     """Turns greedy decoding into sampling: the argmax of logits + Gumbel noise is a draw from softmax(logits)."""
 
-    def __init__(self, drafts: list[Draft], width: int):
-        self.width = width
+    def __init__(self, drafts: list[Draft], width: int, keep_logp: bool):
+        self.width, self.keep_logp = width, keep_logp
         self.seeds = torch.tensor([d.seed for d in drafts])
         self.lengths = torch.tensor([d.response_len for d in drafts])
+        self.logp: list[Tensor] = []  # (B,) each: log-probabilities of the tokens chosen
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self.width
         seeds, positions = self.seeds.to(scores.device), (self.lengths + step).to(scores.device)
-        return scores + gumbel_noise(seeds, positions, scores.shape[-1])
+        noisy = scores + gumbel_noise(seeds, positions, scores.shape[-1])
+        if self.keep_logp:
+            self.logp.append(scores.log_softmax(-1).gather(1, noisy.argmax(-1, keepdim=True))[:, 0])
+        return noisy
 
 
 class OpeningEntropy(LogitsProcessor):
@@ -169,8 +173,9 @@ def generate_turn(
     processors, opening = score_processors(args), OpeningEntropy()
     if args.branching in ("arpo", "threshold"):
         processors.append(opening)
+    sampling = GumbelSampling(drafts, width, args.check)
     if args.temperature > 0:
-        processors.append(GumbelSampling(drafts, width))
+        processors.append(sampling)
     config = GenerationConfig(  # greedy over noisy logits; the model's own settings must not shape the samples
         do_sample=False,
         max_new_tokens=max(budgets),
@@ -187,10 +192,11 @@ def generate_turn(
     )[:, width:].tolist()
     closing = closing_tokens(tokenizer)
     entropies = torch.stack(opening.steps, dim=1).tolist() if opening.steps else [[] for _ in drafts]  # (B, <= 20)
-    for d, new_ids, budget, entropy in zip(drafts, out, budgets, entropies):
+    logps = torch.stack(sampling.logp, dim=1).tolist() if sampling.logp else [None] * len(drafts)
+    for d, new_ids, budget, entropy, logp in zip(drafts, out, budgets, entropies, logps):
         count, ended = turn_length(new_ids[:budget], set(eos), closing, STOPS[d.dialect], tokenizer)
         note_segment(d, entropy[:count], args.branching)
-        d.append("model", new_ids[:count], tokenizer.decode(new_ids[:count]))
+        d.append("model", new_ids[:count], tokenizer.decode(new_ids[:count]), logp and logp[:count])
         if not ended:
             d.finish = "length"
 

@@ -33,6 +33,7 @@ from data.questions import load_questions
 from entropy import DeltaForm, Segment, mean_entropy
 from eval.behaviour import void_turns
 from eval.grader import score
+from invariants import check_trajectories, sampler_mismatch
 from losses import (
     ADVANTAGES,
     MIN_STD,
@@ -45,6 +46,7 @@ from losses import (
     trajectory_betas,
     with_targets,
 )
+from merged import merged_copy, refresh
 from model import (
     ModelArgs,
     OptimizerName,
@@ -115,6 +117,10 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradient clipping")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass")
+    rollout_dtype: Literal["policy", "float32", "bfloat16", "float16"] = arg(
+        "policy", "sample from a merged copy of the policy in this precision (memory for a second model)"
+    )
+    entropy_band: list[float] = arg([0.01, 5.0], "warn when a step's mean token entropy in nats leaves LOW HIGH")
     # --- records
     save_steps: int = arg(20, "steps between checkpoints")
     save_total_limit: int = arg(2, "checkpoints kept, 0 = all")
@@ -138,6 +144,8 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
         for flag in ("questions_per_step", "updates_per_batch", "num_iterations", "max_steps", "save_steps"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
+        if len(self.entropy_band) != 2 or not self.entropy_band[0] < self.entropy_band[1]:
+            raise ValueError(f"--entropy_band takes LOW HIGH, not {self.entropy_band}")
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         self.check_method()
         if self.questions_per_step % (self.updates_per_batch * distributed.count()):
@@ -215,6 +223,7 @@ def train(args: Args) -> dict:
     run.forget_after(first)
     metrics = state.get("metrics", {})
     constraint = EntropyState(**state["entropy_state"]) if "entropy_state" in state else first_entropy_state(args)
+    sampler = model if args.rollout_dtype == "policy" else merged_copy(model, args.rollout_dtype)
     opening = mode_tokens(tokenizer) if args.mode == "auto" else 0
 
     steps = range(first, args.max_steps)
@@ -229,13 +238,17 @@ def train(args: Args) -> dict:
             examples = [questions[i] for part in mine for i in part]
 
             # ------------------------------------------------------------------------------------ rollout
-            trajectories = rollout(model, tokenizer, examples, args, toolbox, (args.seed, step))
+            if sampler is not model:
+                refresh(sampler, model)
+            trajectories = rollout(sampler, tokenizer, examples, args, toolbox, (args.seed, step))
             parts = split(trajectories, args.updates_per_batch)
             rolled_out = time.perf_counter()
 
             # ------------------------------------------------------------------------------------ score
             model.train()
             batches = [micro_batches(part, model, tokenizer.pad_token_id, args) for part in parts]
+            if args.check:
+                check_trajectories(trajectories, tokenizer)
 
             # ------------------------------------------------------------------------------------ reward
             now = at_step(step, args)
@@ -265,6 +278,8 @@ def train(args: Args) -> dict:
             metrics = {
                 **rollout_metrics(groups),
                 **mode_metrics(everyone, opening),
+                **(sampler_mismatch(everyone) if args.check else {}),
+                "entropy_alarm": float(entropy_alarm(everyone, metrics, args)),
                 "beta_long": constraint.beta_long,
                 **{name: fmean(s[name] for s in stats) for name in stats[0]},
                 "learning_rate": scheduler.get_last_lr()[0],
@@ -380,6 +395,16 @@ def mode_metrics(trajectories: list[Trajectory], opening: int) -> dict[str, floa
     if opening:
         metrics["entropy/decision"] = fmean(sum(t.entropy[t.prompt_len :][:opening]) for t in trajectories)
     return metrics
+
+
+def entropy_alarm(trajectories: list[Trajectory], before: dict, args: Args) -> bool:
+    """Whether the mean token entropy is outside `--entropy_band`; says so when it was inside in the step before."""
+    mean = sum(sum(t.entropy) for t in trajectories) / max(sum(t.completion_tokens for t in trajectories), 1)
+    low, high = args.entropy_band
+    alarm = not low <= mean <= high
+    if alarm and not before.get("entropy_alarm"):
+        tqdm.write(f"token entropy {mean:.4f} nats is outside --entropy_band {low} {high}")
+    return alarm
 
 
 def dump_samples(run: Run, step: int, group: list[Trajectory]) -> None:

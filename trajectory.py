@@ -66,6 +66,7 @@ class Trajectory:
     meta: dict = field(default_factory=dict)  # what the question's row adds: family, min_tool_calls, known, …
     old_logp: list[float] | None = None  # (T,) nats at the sampling temperature; 0.0 where loss_mask == 0
     entropy: list[float] | None = None  # (T,) nats, same convention
+    rollout_logp: list[float] | None = None  # (T,) what the sampler computed, same convention (--check)
     ref_entropy: list[float] | None = None  # (T,) nats, of the frozen starting adapter (train_rl --indicator reference)
     rewards: dict[str, float] | None = None  # named terms; "total" is what is optimised
     advantage: list[float] | None = None  # (T,) 0.0 where loss_mask == 0
@@ -78,7 +79,7 @@ class Trajectory:
         T = len(self.token_ids)
         if not 0 < self.prompt_len <= T:
             raise ValueError(f"prompt_len {self.prompt_len} is outside 1..{T}")
-        for name in ("loss_mask", "old_logp", "entropy", "ref_entropy", "advantage"):
+        for name in ("loss_mask", "old_logp", "entropy", "rollout_logp", "ref_entropy", "advantage"):
             values = getattr(self, name)
             if values is None:
                 continue

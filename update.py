@@ -6,6 +6,7 @@
 """
 
 import math
+from contextlib import nullcontext
 from statistics import stdev
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 import distributed
 import kernels
 from eval.behaviour import void_turns
+from invariants import masked_tokens_have_no_gradient
 from losses import MIN_STD, token_weights
 from model import Batch, collate, device, head_weight, hidden_of_targets, packed, token_stats, use_reference
 from trajectory import Trajectory, groups_of
@@ -79,7 +81,8 @@ def update(
         per_row = [row_terms.get((t.question_id, t.sample_idx), [0.0, 0.0]) for t in mb.trajectories]
         if args.beta == 0 and not any(w and (b or any(t.advantage)) for t, (w, b) in zip(mb.trajectories, per_row)):
             continue  # no gradient from any of its trajectories
-        loss, stats = policy_loss(model, mb, per_row, args)
+        with masked_tokens_have_no_gradient(model, mb.batch) if args.check else nullcontext():
+            loss, stats = policy_loss(model, mb, per_row, args)
         loss.backward()
         share = int(mb.batch.loss_mask.sum()) / tokens
         totals["loss"] += loss.item()

@@ -29,7 +29,9 @@ MAY_IMPORT = {  # module or package -> what of ours it may import
     "tools": {"trajectory"},
     "model": {"trajectory", "kernels", "common"},
     "checkpoint": {"trajectory", "model"},
-    "update": {"trajectory", "distributed", "kernels", "eval", "losses", "model"},
+    "invariants": {"trajectory", "model"},
+    "merged": {"model"},
+    "update": {"trajectory", "distributed", "invariants", "kernels", "eval", "losses", "model"},
     "conversation": {"trajectory", "common", "tools", "data"},
     "branching": {"trajectory", "common", "data", "conversation"},
     "rollout": {
