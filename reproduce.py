@@ -1,13 +1,15 @@
-"""The main job: what a behaviour-calibrating reward does that an outcome reward does not, in the calibration world.
+"""The main job: the three methods in the calibration world, from the shipped base to one report.
 
-    ./reproduce.sh                      (or: python reproduce.py) one seed, about ten minutes on two cores
+    ./reproduce.sh                      (or: python reproduce.py) one seed, on two cores
     python reproduce.py --seeds 5       mean and standard deviation over paired seeds
     python reproduce.py --quick         a smoke run of the same path
+    python reproduce.py --full          the claims: variants × seeds, cell by cell (claims.py)
 
-1. Draw training and held-out questions and build the search index (data/world.py).
-2. Evaluate the shipped base, which calls tools too often, too rarely and wrongly at known rates.
-3. Train it by GRPO with the outcome reward and, from the same start on the same questions, with the ET-Agent reward.
-4. Evaluate both on the held-out questions; write metrics.json, report.md and figures, and print the table.
+1. Evaluate the shipped base, which calls tools too often, too rarely and wrongly at known rates.
+2. GRPO from the base on the same questions with four rewards: outcome, ET-Agent, entropy reduction sparse and dense.
+3. ET-Agent whole: SFT on right samples → flywheel → RFT → three rounds of (Pareto selection → RL).
+4. AutoTool on running sums, where thinking pays on long ones only: warm-up → RL, with and without its constraint.
+5. Evaluate all of them on held-out questions; write metrics.json, report.md and figures, and print the tables.
 Every part is a resumable folder under --output_dir; what is finished is not computed again.
 """
 
@@ -15,20 +17,30 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import claims
+import curriculum
+import flywheel
+import refine
 import rollout
 import train_rl
+import train_sft
+import warmup
 from common import RunArgs, arg, cli, start_run, write_text
 from data import world
 from eval.evaluate import COLUMNS, evaluate, metrics_table
-from eval.report import write_report
-from trajectory import DataError
+from eval.grader import score
+from eval.report import sums_table, write_report
+from trajectory import DataError, Trajectory, groups_of
 
-FAMILIES = ("recall", "lookup", "bridge", "add", "multiply", "lookup_compute")
-RL_STAGES = {"outcome_rl": "correct", "et_agent": "et_agent"}  # stage -> --reward
+FAMILIES = "recall,lookup,bridge,add,multiply,lookup_compute"
+SUMS = "running_sum"
 BASES = {"tiny": "data/tiny", "small": "data/small"}
 EVAL_SEED = 10_000  # held-out questions are drawn by seeds that training never uses
+ROUNDS = 3
+CURVES = ("outcome_rl", "et_agent", "entropy_sparse", "entropy_dense")
+HARD = 0.5  # a sum is hard if the base answers less than this share right without thinking [DESIGN 4]
 
 
 @dataclass
@@ -39,10 +51,15 @@ class Args(RunArgs):
     preset: Literal["tiny", "small"] = arg("tiny", "size of the world: tiny for a CPU, small for a GPU")
     base: str = arg("", "base model folder; default: the preset's")
     quick: bool = arg(False, "few steps and questions: shows that the path works, not what it achieves")
+    full: bool = arg(False, "run the claims instead (python claims.py --full has more flags)")
+    engine: Literal["hf", "fast"] = arg("fast", "sampler; both sample the same trajectories, up to ties")
     seeds: int = arg(1, "runs per stage, paired by seed: --seed, --seed + 1, …")
     train_questions: int = arg(2000, "questions to train on")
     eval_questions: int = arg(600, "held-out questions to evaluate on")
-    max_steps: int = arg(80, "RL steps of each run")
+    max_steps: int = arg(80, "RL steps of each single run")
+    round_steps: int = arg(30, "RL steps of each round of ET-Agent's curriculum")
+    evolve_questions: int = arg(240, "questions of SFT samples and flywheel")
+    select_questions: int = arg(400, "questions sampled before each round of the curriculum; half are kept")
     sigma_tool: float = arg(0.5, "ET-Agent reward: weight of tool calls (paper 0.1, on a 7B model)")
     sigma_length: float = arg(0.1, "ET-Agent reward: weight of reasoning length")
 
@@ -51,16 +68,72 @@ class Args(RunArgs):
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, not {self.seeds}")
         if self.quick:
-            self.train_questions, self.eval_questions, self.max_steps = 240, 120, 10
+            self.train_questions, self.eval_questions, self.max_steps = 240, 120, 6
+            self.round_steps, self.evolve_questions, self.select_questions = 3, 24, 36
+
+
+class Job(NamedTuple):
+    """One seed of the reproduction: where its parts are, and what they share."""
+
+    folder: Path
+    base: str
+    index: str
+    seed: int
+    args: Args
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Flags of every script here; generous times, because a busy machine must not change a number."""
+        return dict(threads=self.args.threads, engine=self.args.engine, index=self.index, search_top_k=1,
+                    max_completion_length=256, python_timeout=60.0, max_tool_seconds=600.0)  # fmt: skip
+
+    def questions(self, name: str, families: str, n: int, seed: int) -> str:
+        """Path of a question file, drawn if it is not there."""
+        path = self.folder / f"{name}.questions.jsonl"
+        if not path.exists():
+            flags = ["--questions", str(n), "--seed", str(seed), "--preset", self.args.preset, "--families", families]
+            world.main([*flags, "--output", str(path)])
+        return str(path)
+
+    def rl(self, stage: str, start: str, data: str, **flags: Any) -> str:
+        """The adapter folder of a GRPO run."""
+        own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / stage), seed=self.seed)
+        print(f"-- {stage}")
+        train_rl.main(train_rl.Args(**self.shared | dict(max_steps=self.args.max_steps) | own | flags))
+        return own["output_dir"]
+
+    def sft(self, stage: str, start: str, data: str, steps: int) -> str:
+        """The adapter folder of a fine-tuning run."""
+        own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / stage), seed=self.seed)
+        own |= dict(max_steps=min(steps, self.args.max_steps), per_device_train_batch_size=16)
+        print(f"-- {stage}")
+        train_sft.main(train_sft.Args(**own, threads=self.args.threads))
+        return own["output_dir"]
+
+    def evolve(self, name: str, start: str, data: str, **flags: Any) -> str:
+        """The RFT set of a flywheel run with the world's oracle as critic; rounds=0: of plain samples."""
+        own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / name), seed=self.seed)
+        own |= dict(critic="rule", limit=self.args.evolve_questions)
+        print(f"-- {name}")
+        flywheel.main(flywheel.Args(**self.shared | own | flags))
+        return str(self.folder / name / "rft.jsonl")
+
+    def sample(self, name: str, model: str, data: str, **flags: Any) -> list[Trajectory]:
+        """One held-out sample per question, or as many as `num_generations`."""
+        own = dict(model_name_or_path=model, data=data, output=str(self.folder / f"{name}.jsonl"), num_generations=1)
+        print(f"-- sample {name}")
+        return rollout.main(rollout.Args(**self.shared | own | dict(seed=EVAL_SEED + self.seed) | flags))
 
 
 def main(args: Args) -> dict:
     """Run what is missing, write the report, return the content of metrics.json."""
+    if args.full:
+        return claims.main(claims.Args(full=True, base=args.base or BASES[args.preset], preset=args.preset))
     run = start_run(args)
     out, base = Path(args.output_dir), args.base or BASES[args.preset]
     if run.finished:
         metrics = json.loads((out / "metrics.json").read_text())
-        print(f"{out}: finished before", metrics_table(metrics["stages"]), f"report: {out / 'report.md'}", sep="\n")
+        print(f"{out}: finished before", tables(metrics), f"report: {out / 'report.md'}", sep="\n")
         return metrics
     if not Path(base).is_dir():
         command = f"python -m data.world --pretrain --preset {args.preset} --output {base}"
@@ -71,84 +144,137 @@ def main(args: Args) -> dict:
     per_seed = []
     for seed in range(args.seed, args.seed + args.seeds):
         print(f"== seed {seed}")
-        per_seed.append(one_seed(out / f"seed-{seed}", base, str(index), seed, args))
+        per_seed.append(one_seed(Job(out / f"seed-{seed}", base, str(index), seed, args)))
     metrics = combine(per_seed)
     write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     notes = [
-        f"base {base}, {args.seeds} seed(s) from {args.seed}, {args.max_steps} steps of 12 questions × 8 trajectories, "
-        f"evaluated on {args.eval_questions} held-out questions per seed, temperature 1",
-        f"ET-Agent reward with sigma_tool {args.sigma_tool}, sigma_length {args.sigma_length}; both runs of a seed "
-        "share base, questions and their order",
+        f"base {base}, {args.seeds} seed(s) from {args.seed}, {args.max_steps} steps of 12 questions × 8 trajectories "
+        f"(rl_round_*: {args.round_steps} each), {args.eval_questions} held-out questions, temperature 1",
+        f"ET-Agent reward with sigma_tool {args.sigma_tool}, sigma_length {args.sigma_length}, halved from round to "
+        "round in the curriculum; entropy rewards as published (margin 0)",
+        "single runs of a seed share base, questions and their order",
         "redundant, insufficient, conciseness: shares of trajectories; failed, redundant_calls: shares of calls; "
         "calls, tokens: means per trajectory; definitions in eval/behaviour.py",
     ]
-    runs = {stage: [out / f"seed-{args.seed + k}" / stage for k in range(args.seeds)] for stage in RL_STAGES}
+    runs = {stage: [out / f"seed-{args.seed + k}" / stage for k in range(args.seeds)] for stage in CURVES}
     report = write_report(out, metrics, runs, notes)
     run.finish({"report": str(report)})
-    print(metrics_table(metrics["stages"]), f"\nreport: {report}", sep="\n")
+    print(tables(metrics), f"\nreport: {report}", sep="\n")
     return metrics
 
 
-def one_seed(folder: Path, base: str, index: str, seed: int, args: Args) -> dict:
-    """Metrics of all stages for one seed: {stage: {"all": …, "families": …}}."""
-    train = draw(folder, "train", args.train_questions, seed, args)
-    held_out = draw(folder, "eval", args.eval_questions, EVAL_SEED + seed, args)
-    shared = dict(index=index, search_top_k=1, max_completion_length=256, threads=args.threads)
-    shared |= dict(python_timeout=60.0, max_tool_seconds=600.0)  # generous: a busy machine must not change a number
-    stages = {"base": base}
-    for stage, reward in RL_STAGES.items():
-        train_rl.main(
-            train_rl.Args(
-                **shared,
-                model_name_or_path=base,
-                data=train,
-                output_dir=str(folder / stage),
-                seed=seed,
-                reward=reward,
-                sigma_tool=args.sigma_tool,
-                sigma_length=args.sigma_length,
-                max_steps=args.max_steps,
-            )
-        )
-        stages[stage] = str(folder / stage)
+def one_seed(job: Job) -> dict:
+    """Metrics of all stages for one seed: {"stages": {name: {"all", "families"}}, "sums": {name: {"all", …}}}."""
+    stages = world_stages(job)
+    held_out = job.questions("eval", FAMILIES, job.args.eval_questions, EVAL_SEED + job.seed)
+    metrics = {stage: evaluate(job.sample(stage, model, held_out)) for stage, model in stages.items()}
+    return {"stages": metrics, "sums": autotool(job)}
+
+
+def world_stages(job: Job) -> dict[str, str]:
+    """Stage -> model folder of everything that is trained on the world's six plain families."""
+    args, base = job.args, job.base
+    train = job.questions("train", FAMILIES, args.train_questions, job.seed)
+    et = dict(reward="et_agent", sigma_tool=args.sigma_tool, sigma_length=args.sigma_length)
+    dense = dict(reward="entropy_dense", advantage="entropy_dense", beta=1e-3)
+    stages = {
+        "base": base,
+        "outcome_rl": job.rl("outcome_rl", base, train, reward="correct"),
+        "et_agent": job.rl("et_agent", base, train, **et),
+        "entropy_sparse": job.rl("entropy_sparse", base, train, reward="entropy_sparse"),
+        "entropy_dense": job.rl("entropy_dense", base, train, **dense),
+    }
+    samples = job.evolve("samples", base, train, rounds=0, num_generations=4)
+    stages["sft"] = job.sft("sft", base, samples, 60)
+    evolved = job.evolve("flywheel", stages["sft"], train, num_generations=2)
+    stages["rft"] = job.sft("rft", stages["sft"], evolved, 60)
+    print("-- curriculum")
+    folder = job.folder / "curriculum"
+    own = dict(model_name_or_path=stages["rft"], data=train, limit=args.select_questions, seed=job.seed)
+    own |= dict(num_questions=args.select_questions // 2, select_generations=8, rounds=ROUNDS)
+    curriculum.main(
+        curriculum.Args(**job.shared | et | own, output_dir=str(folder), max_steps=args.round_steps)
+    )
+    return stages | {f"rl_round_{r}": str(folder / f"round-{r}" / "rl") for r in range(1, ROUNDS + 1)}
+
+
+def autotool(job: Job) -> dict:
+    """AutoTool on running sums [2603.13348; PAPERS B]: {stage: {"all", "easy", "hard"}} of held-out sums.
+
+    think, no_think: the base in a forced mode. constrained: with the decoupled entropy constraint.
+    """
+    args, base = job.args, job.base
+    n = max(args.train_questions * 4 // 5, 1)
+    train = job.questions("sums", SUMS, n, job.seed)
+    held_out = job.questions("sums-eval", SUMS, args.eval_questions, EVAL_SEED + job.seed)
+    probe = job.sample("sums-probe", base, held_out, mode="no_think", num_generations=8)
+    hard = {i for i, share in right_shares(probe).items() if share < HARD}
+    folder = job.folder / "warmup"
+    print("-- warmup")
+    own = dict(model_name_or_path=base, data=train, output=str(folder), num_generations=8, label_rule="majority")
+    warmup.main(warmup.Args(**job.shared | own, seed=job.seed))
+    warm = job.sft("autotool_warmup", base, str(folder / "sft.jsonl"), 400)
+    refined = refined_questions(job, warm, train, n // 2)
+    rl = dict(reward="autotool", learning_rate=5e-4)
+    constraint = dict(entropy_regulariser="decoupled", entropy_target="relative")
+    stages = {
+        "base": (base, "auto"),
+        "think": (base, "think"),
+        "no_think": (base, "no_think"),
+        "autotool_warmup": (warm, "auto"),
+        "autotool": (job.rl("autotool", warm, refined, **rl, **constraint), "auto"),
+        "unconstrained": (job.rl("autotool_unconstrained", warm, refined, **rl), "auto"),
+        "no_warmup": (job.rl("autotool_no_warmup", base, refined, **rl), "auto"),
+    }
     metrics = {}
-    for stage, model in stages.items():
-        print(f"-- evaluate {stage}")
-        trajectories = rollout.main(
-            rollout.Args(
-                **shared,
-                model_name_or_path=model,
-                data=held_out,
-                output=str(folder / f"{stage}.jsonl"),
-                num_generations=1,
-                seed=EVAL_SEED + seed,
-            )
-        )
-        metrics[stage] = evaluate(trajectories)
+    for stage, (model, mode) in stages.items():
+        sampled = job.sample(f"sums-{stage}", model, held_out, mode=mode)
+        parts = {
+            "all": sampled,
+            "easy": [t for t in sampled if t.question_id not in hard],
+            "hard": [t for t in sampled if t.question_id in hard],
+        }
+        metrics[stage] = {name: evaluate(part)["all"] for name, part in parts.items() if part}
     return metrics
 
 
-def draw(folder: Path, name: str, n: int, seed: int, args: Args) -> str:
-    """Path of a question file, drawn if it is not there."""
-    path = folder / f"{name}.questions.jsonl"
-    if not path.exists():
-        flags = ["--questions", str(n), "--seed", str(seed), "--preset", args.preset, "--families", ",".join(FAMILIES)]
-        world.main([*flags, "--output", str(path)])
-    return str(path)
+def refined_questions(job: Job, warm: str, train: str, n: int) -> str:
+    """AutoTool's data refinement: rewards of every question at two moments of a short RL run [PAPERS B2]."""
+    output = job.folder / "sums-refined.questions.jsonl"
+    if output.exists():
+        return str(output)
+    probing = job.rl("sums-probing", warm, train, reward="autotool", learning_rate=5e-4, max_steps=job.args.round_steps)
+    epochs = []
+    for epoch, model in enumerate((warm, probing)):
+        job.sample(f"sums-epoch-{epoch}", model, train, num_generations=8, seed=job.seed)
+        epochs.append(str(job.folder / f"sums-epoch-{epoch}.jsonl"))
+    refine.main(refine.Args(trajectories=epochs, data=train, output=str(output), num_questions=n, seed=job.seed))
+    return str(output)
+
+
+def right_shares(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Question id -> mean correctness of its samples."""
+    return {g[0].question_id: fmean(score(t)[0] for t in g) for g in groups_of(trajectories)}
 
 
 def combine(per_seed: list[dict]) -> dict:
     """metrics.json: stage and family means over seeds and, for several seeds, the standard deviation of each metric."""
-    stages = per_seed[0]
+    first = per_seed[0]
+    stages, sums = first["stages"], first["sums"]
     metrics = {
-        "stages": {s: _mean([m[s]["all"] for m in per_seed]) for s in stages},
+        "stages": {s: _mean([m["stages"][s]["all"] for m in per_seed]) for s in stages},
         "families": {
-            s: {f: _mean([m[s]["families"][f] for m in per_seed]) for f in stages[s]["families"]} for s in stages
+            s: {f: _mean([m["stages"][s]["families"][f] for m in per_seed]) for f in stages[s]["families"]}
+            for s in stages
+        },
+        "sums": {
+            s: {part: _mean([m["sums"][s][part] for m in per_seed if part in m["sums"][s]]) for part in sums[s]}
+            for s in sums
         },
     }
     if len(per_seed) > 1:
         metrics["spread"] = {
-            s: {c: stdev(m[s]["all"][c] for m in per_seed) for c in COLUMNS if c != "n"} for s in stages
+            s: {c: stdev(m["stages"][s]["all"][c] for m in per_seed) for c in COLUMNS if c != "n"} for s in stages
         }
         metrics["seeds"] = per_seed
     return metrics
@@ -156,6 +282,11 @@ def combine(per_seed: list[dict]) -> dict:
 
 def _mean(rows: list[dict]) -> dict:
     return {name: fmean(row[name] for row in rows) if name != "n" else rows[0]["n"] for name in rows[0]}
+
+
+def tables(metrics: dict) -> str:
+    """The stage table and the table of sums."""
+    return f"{metrics_table(metrics['stages'])}\n\n{sums_table(metrics['sums'])}"
 
 
 if __name__ == "__main__":

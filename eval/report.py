@@ -35,11 +35,24 @@ def write_report(folder: Path, metrics: dict, runs: dict[str, list[Path]], notes
         rows = [[stage, *(spread[n] for n in names)] for stage, spread in metrics["spread"].items()]
         parts += ["Standard deviation over seeds:", "", table(["", *names], rows), ""]
     parts += ["![Tool calls per family](calls.png)", "", "![Training curves](curves.png)", ""]
+    if metrics.get("sums"):
+        parts += ["## Running sums: when to think", "", sums_table(metrics["sums"]), ""]
     for stage, families in metrics["families"].items():
         parts += [f"## {stage}, per family", "", metrics_table(families), ""]
     path = folder / "report.md"
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
+
+
+SUM_COLUMNS = ("n", "correctness", "thinking_rate", "tokens")
+
+
+def sums_table(sums: dict[str, dict[str, dict]]) -> str:
+    """Markdown table of the stages on running sums: all of them, those easy and those hard for the base."""
+    parts = [part for part in ("all", "easy", "hard") if any(part in row for row in sums.values())]
+    names = [f"{column} {part}" for part in parts for column in SUM_COLUMNS]
+    rows = [[s, *(row[p][c] if p in row else "" for p in parts for c in SUM_COLUMNS)] for s, row in sums.items()]
+    return table(["sums", *names], rows)
 
 
 def calls_per_family(path: Path, families: dict[str, dict[str, dict]]) -> None:
