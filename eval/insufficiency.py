@@ -1,4 +1,4 @@
-"""Insufficient calls by hint injection [2601.06860, sec. 3; PAPERS A6]: how many more calls would have been enough?
+"""Insufficiency by hint injection [2601.06860, sec. 3; PAPERS A6]: how many more calls would have been enough.
 
     python -m eval.insufficiency --model_name_or_path M --trajectories T.jsonl --index DIR --output_dir out/hints
 
