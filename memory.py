@@ -205,7 +205,8 @@ def held(d: Decoder, args: Any, on: torch.device, trains: bool) -> Parts:
     has_adapter = trains or Path(args.model_name_or_path, "adapter_config.json").is_file()
     parts = {"weights": weight_bytes(d, args.dtype, args.load_in_4bit), "adapter": 4 * sum(tensors) * has_adapter}
     if trains:
-        parts["reference adapter"] = 4 * sum(tensors) * (getattr(args, "beta", 0) > 0)
+        reference = getattr(args, "beta", 0) > 0 or getattr(args, "indicator", "") == "reference"
+        parts["reference adapter"] = 4 * sum(tensors) * reference
         parts["optimizer"] = optimizer_bytes(tensors, args.optimizer)
     parts["CUDA context"] = CONTEXT * (on.type == "cuda")
     return parts
