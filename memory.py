@@ -200,7 +200,7 @@ def largest_linear(d: Decoder, args: Any) -> int:
 
 
 def held(d: Decoder, args: Any, on: torch.device, trains: bool) -> Parts:
-    """What is there in every phase: weights, adapters, optimizer states, the CUDA context."""
+    """What is there in every phase: weights, adapters, optimizer states, a copy for sampling, the CUDA context."""
     tensors = adapter_tensors(d, args.lora_r, args.lora_target_modules)
     has_adapter = trains or Path(args.model_name_or_path, "adapter_config.json").is_file()
     parts = {"weights": weight_bytes(d, args.dtype, args.load_in_4bit), "adapter": 4 * sum(tensors) * has_adapter}
@@ -208,6 +208,8 @@ def held(d: Decoder, args: Any, on: torch.device, trains: bool) -> Parts:
         reference = getattr(args, "beta", 0) > 0 or getattr(args, "indicator", "") == "reference"
         parts["reference adapter"] = 4 * sum(tensors) * reference
         parts["optimizer"] = optimizer_bytes(tensors, args.optimizer)
+        copied = getattr(args, "rollout_dtype", "policy")
+        parts["merged copy"] = 0 if copied == "policy" else weight_bytes(d, copied, False)
     parts["CUDA context"] = CONTEXT * (on.type == "cuda")
     return parts
 

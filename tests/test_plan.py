@@ -266,6 +266,8 @@ def test_the_plan_of_7b_in_4_bit(tmp_path, capsys):
     parts = need.training(8192)
     assert parts["weights"] == pytest.approx(5.17 * plan.GiB, rel=0.01)
     assert parts["adapter"] == parts["gradients"] == 4 * 40_370_176 and parts["optimizer"] // parts["adapter"] == 2
+    merged = plan.need_of(train_rl.Args(**flags, rollout_dtype="bfloat16"), torch.device("cuda"), 2048, 96)
+    assert merged.rollout(8)["merged copy"] == merged.training(8192)["merged copy"] == 2 * 7_615_616_512
     large = plan.need_of(train_rl.Args(**flags | dict(gradient_checkpointing=False)), torch.device("cuda"), 2048, 96)
     assert plan.total(large.training(8192)) > 70 * plan.GiB  # what checkpointing saves
 
