@@ -70,7 +70,7 @@ def declare(name: str, world: str, *stages: Stage, **evaluate: Any) -> str:
 
 def rl(steps: int = 80, **flags: Any) -> Stage:
     """GRPO on the world's training questions unless `data` says otherwise."""
-    return Stage("rl", "train_rl", {"max_steps": steps, "save_steps": 10, **flags}, steps / 50)
+    return Stage("rl", "train_rl", {"max_steps": steps, "save_steps": 10, **flags}, steps / 40)
 
 
 # ---------------------------------------------------------------------------------------------------- ET-Agent
