@@ -623,6 +623,20 @@ def test_real_questions_go_through_and_load_for_sft(tmp_path, tiny_model, critic
         flywheel.main(replace(args, rounds=2))
 
 
+def test_the_rft_set_of_real_questions_loads_for_sft(tmp_path, tiny_model, monkeypatch):
+    """A random model is never right: here every other sample counts as correct, so that an RFT set comes out."""
+    data = real_questions(tmp_path, ("math/gsm8k_test.jsonl", "gsm"), ("qa/hotpotqa.jsonl", "hop"))
+    flags = dict(model_name_or_path=str(tiny_model), data=str(data), output_dir=str(tmp_path / "out"), critic="entropy")
+    args = flywheel.Args(**flags, num_generations=3, rounds=1, max_completion_length=32, threads=1)
+    monkeypatch.setattr(flywheel, "open_tools", lambda a: open_none())
+    monkeypatch.setattr(flywheel, "score", lambda t: (float(sum(t.token_ids) % 2), True))
+    result = flywheel.main(args)
+    sft = train_sft.Args(model_name_or_path=str(tiny_model), data="x", output_dir="x")
+    rows = len(PLAIN) + 5  # of the model's embedding; the random model also samples the five that no token has
+    examples = train_sft.load_examples(str(tmp_path / "out" / "rft.jsonl"), PLAIN, sft, rows)
+    assert len(examples) == result["rft"] > 0 and all(any(e.loss_mask) for e in examples)
+
+
 class open_none:
     """A tool box without tools; the sandbox has its own tests."""
 
