@@ -13,11 +13,21 @@
 Every part is a resumable folder under --output_dir; what is finished is not computed again.
 """
 
+import ctypes
 import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
+
+from tqdm import tqdm
 
 import claims
 import curriculum
@@ -29,16 +39,25 @@ import train_sft
 import warmup
 from common import RunArgs, arg, cli, start_run, write_text
 from data import world
+from data.questions import load_questions
 from eval.evaluate import COLUMNS, evaluate, metrics_table
 from eval.grader import score
 from eval.report import sums_table, write_report
 from trajectory import DataError, Trajectory, groups_of
 
 FAMILIES = "recall,lookup,bridge,add,multiply,lookup_compute"
-SUMS = "running_sum"
 BASES = {"tiny": "data/tiny", "small": "data/small"}
 EVAL_SEED = 10_000  # held-out questions are drawn by seeds that training never uses
+QUESTIONS = {  # part -> families, flag of its size, seed
+    "train": (FAMILIES, "train_questions", 0),
+    "eval": (FAMILIES, "eval_questions", EVAL_SEED),
+    "sums": ("running_sum", "sum_questions", 0),
+    "sums-eval": ("running_sum", "eval_questions", EVAL_SEED),
+}
 ROUNDS = 3
+KINDS = ("stages", "sums")
+STAGES = ("base", "outcome_rl", "et_agent", "sft", "rft", *(f"rl_round_{r}" for r in range(1, ROUNDS + 1)),
+          "entropy_sparse", "entropy_dense")  # fmt: skip
 CURVES = ("outcome_rl", "et_agent", "entropy_sparse", "entropy_dense")
 HARD = 0.5  # a sum is hard if the base answers less than this share right without thinking [DESIGN 4]
 
@@ -53,11 +72,14 @@ class Args(RunArgs):
     quick: bool = arg(False, "few steps and questions: shows that the path works, not what it achieves")
     full: bool = arg(False, "run the claims instead (python claims.py --full has more flags)")
     engine: Literal["hf", "fast"] = arg("fast", "sampler; both sample the same trajectories, up to ties")
+    threads: int = arg(1, "CPU threads of each process; results are identical only for equal counts")
+    workers: int = arg(2, "processes that train at once")
     seeds: int = arg(1, "runs per stage, paired by seed: --seed, --seed + 1, …")
     train_questions: int = arg(2000, "questions to train on")
     eval_questions: int = arg(600, "held-out questions to evaluate on")
     max_steps: int = arg(80, "RL steps of each single run")
     round_steps: int = arg(30, "RL steps of each round of ET-Agent's curriculum")
+    sum_questions: int = arg(1600, "running sums to warm up and train on")
     evolve_questions: int = arg(240, "questions of SFT samples and flywheel")
     select_questions: int = arg(400, "questions sampled before each round of the curriculum; half are kept")
     sigma_tool: float = arg(0.5, "ET-Agent reward: weight of tool calls (paper 0.1, on a 7B model)")
@@ -65,11 +87,12 @@ class Args(RunArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, not {self.seeds}")
+        for flag in ("seeds", "workers"):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
         if self.quick:
             self.train_questions, self.eval_questions, self.max_steps = 240, 120, 6
-            self.round_steps, self.evolve_questions, self.select_questions = 3, 24, 36
+            self.round_steps, self.evolve_questions, self.select_questions, self.sum_questions = 3, 24, 36, 60
 
 
 class Job(NamedTuple):
@@ -87,18 +110,19 @@ class Job(NamedTuple):
         return dict(threads=self.args.threads, engine=self.args.engine, index=self.index, search_top_k=1,
                     max_completion_length=256, python_timeout=60.0, max_tool_seconds=600.0)  # fmt: skip
 
-    def questions(self, name: str, families: str, n: int, seed: int) -> str:
-        """Path of a question file, drawn if it is not there."""
-        path = self.folder / f"{name}.questions.jsonl"
+    def questions(self, part: str) -> str:
+        """Path of a part of QUESTIONS, drawn if it is not there."""
+        path = self.folder / f"{part}.questions.jsonl"
         if not path.exists():
-            flags = ["--questions", str(n), "--seed", str(seed), "--preset", self.args.preset, "--families", families]
-            world.main([*flags, "--output", str(path)])
+            families, size, seed = QUESTIONS[part]
+            flags = ["--questions", str(getattr(self.args, size)), "--seed", str(seed + self.seed)]
+            world.main([*flags, "--preset", self.args.preset, "--families", families, "--output", str(path)])
         return str(path)
 
     def rl(self, stage: str, start: str, data: str, **flags: Any) -> str:
         """The adapter folder of a GRPO run."""
         own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / stage), seed=self.seed)
-        print(f"-- {stage}")
+        print(f"== {stage}", flush=True)
         train_rl.main(train_rl.Args(**self.shared | dict(max_steps=self.args.max_steps) | own | flags))
         return own["output_dir"]
 
@@ -106,7 +130,7 @@ class Job(NamedTuple):
         """The adapter folder of a fine-tuning run."""
         own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / stage), seed=self.seed)
         own |= dict(max_steps=min(steps, self.args.max_steps), per_device_train_batch_size=16)
-        print(f"-- {stage}")
+        print(f"== {stage}", flush=True)
         train_sft.main(train_sft.Args(**own, threads=self.args.threads))
         return own["output_dir"]
 
@@ -114,15 +138,20 @@ class Job(NamedTuple):
         """The RFT set of a flywheel run with the world's oracle as critic; rounds=0: of plain samples."""
         own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / name), seed=self.seed)
         own |= dict(critic="rule", limit=self.args.evolve_questions)
-        print(f"-- {name}")
+        print(f"== {name}", flush=True)
         flywheel.main(flywheel.Args(**self.shared | own | flags))
         return str(self.folder / name / "rft.jsonl")
 
     def sample(self, name: str, model: str, data: str, **flags: Any) -> list[Trajectory]:
         """One held-out sample per question, or as many as `num_generations`."""
         own = dict(model_name_or_path=model, data=data, output=str(self.folder / f"{name}.jsonl"), num_generations=1)
-        print(f"-- sample {name}")
+        print(f"== sample {name}", flush=True)
         return rollout.main(rollout.Args(**self.shared | own | dict(seed=EVAL_SEED + self.seed) | flags))
+
+
+    def measured(self, stage: str, model: str) -> dict:
+        """Metrics of a stage on the held-out questions of the six plain families."""
+        return evaluate(self.sample(stage, model, self.questions("eval")))
 
 
 def main(args: Args) -> dict:
@@ -141,10 +170,8 @@ def main(args: Args) -> dict:
     index = out / "index"
     if not index.exists():
         world.main(["--index", str(index), "--preset", args.preset])
-    per_seed = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        print(f"== seed {seed}")
-        per_seed.append(one_seed(Job(out / f"seed-{seed}", base, str(index), seed, args)))
+    jobs = [Job(out / f"seed-{seed}", base, str(index), seed, args) for seed in range(args.seed, args.seed + args.seeds)]
+    per_seed = run_chains(jobs, args.workers)
     metrics = combine(per_seed)
     write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     notes = [
@@ -163,58 +190,93 @@ def main(args: Args) -> dict:
     return metrics
 
 
-def one_seed(job: Job) -> dict:
-    """Metrics of all stages for one seed: {"stages": {name: {"all", "families"}}, "sums": {name: {"all", …}}}."""
-    stages = world_stages(job)
-    held_out = job.questions("eval", FAMILIES, job.args.eval_questions, EVAL_SEED + job.seed)
-    metrics = {stage: evaluate(job.sample(stage, model, held_out)) for stage, model in stages.items()}
-    return {"stages": metrics, "sums": autotool(job)}
+def run_chains(jobs: list[Job], workers: int) -> list[dict]:
+    """Every chain of every seed, `workers` at once, each in a process of its own; the parts of each seed put together.
+
+    A process writes what it does to CHAIN.log in its seed's folder; it ends when this one does.
+    """
+    for job in jobs:
+        for part in QUESTIONS:
+            job.questions(part)
+    tasks = [(job, name) for job in jobs for name in CHAINS]
+    results: dict[tuple, dict] = {}
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
+        futures = {pool.submit(run_chain, job, name): (job.seed, name) for job, name in tasks}
+        print(f"{len(tasks)} chains, {workers} at once; what each does: tail -f {jobs[0].folder}/*.log")
+        bar = tqdm(as_completed(futures), total=len(tasks), desc="reproduce", unit="chain")
+        for future in bar:
+            results[futures[future]] = future.result()
+            bar.set_postfix(done="/".join(map(str, futures[future])))
+    merged = []
+    for job in jobs:
+        parts = [results[job.seed, name] for name in CHAINS]
+        merged.append({kind: {k: v for part in parts for k, v in part.get(kind, {}).items()} for kind in KINDS})
+    return merged
 
 
-def world_stages(job: Job) -> dict[str, str]:
-    """Stage -> model folder of everything that is trained on the world's six plain families."""
-    args, base = job.args, job.base
-    train = job.questions("train", FAMILIES, args.train_questions, job.seed)
-    et = dict(reward="et_agent", sigma_tool=args.sigma_tool, sigma_length=args.sigma_length)
-    dense = dict(reward="entropy_dense", advantage="entropy_dense", beta=1e-3)
-    stages = {
-        "base": base,
-        "outcome_rl": job.rl("outcome_rl", base, train, reward="correct"),
-        "et_agent": job.rl("et_agent", base, train, **et),
-        "entropy_sparse": job.rl("entropy_sparse", base, train, reward="entropy_sparse"),
-        "entropy_dense": job.rl("entropy_dense", base, train, **dense),
-    }
-    samples = job.evolve("samples", base, train, rounds=0, num_generations=4)
-    stages["sft"] = job.sft("sft", base, samples, 60)
-    evolved = job.evolve("flywheel", stages["sft"], train, num_generations=2)
-    stages["rft"] = job.sft("rft", stages["sft"], evolved, 60)
-    print("-- curriculum")
+def end_with_parent() -> None:
+    """Ask the kernel to end this process when the one that started it is gone, so that no two work on a folder."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def run_chain(job: Job, name: str) -> dict:
+    """One chain in this process, its output in a log file; returns {"stages": …} or {"sums": …}."""
+    with open(job.folder / f"{name}.log", "a", buffering=1) as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    return CHAINS[name](job)
+
+
+# ---------------------------------------------------------------------------------------------------- chains
+
+
+def base_only(job: Job) -> dict:
+    """The model that everything starts from."""
+    return {"stages": {"base": job.measured("base", job.base)}}
+
+
+def single_run(stage: str, **flags: Any) -> Callable[[Job], dict]:
+    """A chain of one GRPO run from the base."""
+    return partial(_single_run, stage=stage, flags=flags)
+
+
+def _single_run(job: Job, stage: str, flags: dict) -> dict:
+    own = {k: getattr(job.args, k) for k in ("sigma_tool", "sigma_length")}
+    model = job.rl(stage, job.base, job.questions("train"), **own | flags)
+    return {"stages": {stage: job.measured(stage, model)}}
+
+
+def et_agent_whole(job: Job) -> dict:
+    """SFT on right samples → flywheel → RFT → rounds of Pareto selection and RL [2601.06860; PAPERS A]."""
+    args, train = job.args, job.questions("train")
+    models = {}
+    samples = job.evolve("samples", job.base, train, rounds=0, num_generations=4)
+    models["sft"] = job.sft("sft", job.base, samples, 60)
+    evolved = job.evolve("flywheel", models["sft"], train, num_generations=2)
+    models["rft"] = job.sft("rft", models["sft"], evolved, 60)
     folder = job.folder / "curriculum"
-    own = dict(model_name_or_path=stages["rft"], data=train, limit=args.select_questions, seed=job.seed)
+    own = dict(model_name_or_path=models["rft"], data=train, limit=args.select_questions, seed=job.seed)
     own |= dict(num_questions=args.select_questions // 2, select_generations=8, rounds=ROUNDS)
-    curriculum.main(
-        curriculum.Args(**job.shared | et | own, output_dir=str(folder), max_steps=args.round_steps)
-    )
-    return stages | {f"rl_round_{r}": str(folder / f"round-{r}" / "rl") for r in range(1, ROUNDS + 1)}
+    own |= dict(sigma_tool=args.sigma_tool, sigma_length=args.sigma_length, max_steps=args.round_steps)
+    curriculum.main(curriculum.Args(**job.shared | own, output_dir=str(folder)))
+    models |= {f"rl_round_{r}": str(folder / f"round-{r}" / "rl") for r in range(1, ROUNDS + 1)}
+    return {"stages": {stage: job.measured(stage, model) for stage, model in models.items()}}
 
 
 def autotool(job: Job) -> dict:
-    """AutoTool on running sums [2603.13348; PAPERS B]: {stage: {"all", "easy", "hard"}} of held-out sums.
+    """AutoTool on running sums [2603.13348; PAPERS B]: {"sums": {stage: {"all", "easy", "hard"}}}.
 
-    think, no_think: the base in a forced mode. constrained: with the decoupled entropy constraint.
+    think, no_think: the base in a forced mode. autotool: warm-up, refined data, asymmetric reward and the decoupled
+    constraint; unconstrained: without the constraint; no_warmup: from the base, without it either.
     """
-    args, base = job.args, job.base
-    n = max(args.train_questions * 4 // 5, 1)
-    train = job.questions("sums", SUMS, n, job.seed)
-    held_out = job.questions("sums-eval", SUMS, args.eval_questions, EVAL_SEED + job.seed)
+    base, train, held_out = job.base, job.questions("sums"), job.questions("sums-eval")
     probe = job.sample("sums-probe", base, held_out, mode="no_think", num_generations=8)
     hard = {i for i, share in right_shares(probe).items() if share < HARD}
     folder = job.folder / "warmup"
-    print("-- warmup")
     own = dict(model_name_or_path=base, data=train, output=str(folder), num_generations=8, label_rule="majority")
     warmup.main(warmup.Args(**job.shared | own, seed=job.seed))
     warm = job.sft("autotool_warmup", base, str(folder / "sft.jsonl"), 400)
-    refined = refined_questions(job, warm, train, n // 2)
+    refined = refined_questions(job, warm, train)
     rl = dict(reward="autotool", learning_rate=5e-4)
     constraint = dict(entropy_regulariser="decoupled", entropy_target="relative")
     stages = {
@@ -235,12 +297,12 @@ def autotool(job: Job) -> dict:
             "hard": [t for t in sampled if t.question_id in hard],
         }
         metrics[stage] = {name: evaluate(part)["all"] for name, part in parts.items() if part}
-    return metrics
+    return {"sums": metrics}
 
 
-def refined_questions(job: Job, warm: str, train: str, n: int) -> str:
+def refined_questions(job: Job, warm: str, train: str) -> str:
     """AutoTool's data refinement: rewards of every question at two moments of a short RL run [PAPERS B2]."""
-    output = job.folder / "sums-refined.questions.jsonl"
+    output, n = job.folder / "sums-refined.questions.jsonl", len(load_questions(train)) // 2
     if output.exists():
         return str(output)
     probing = job.rl("sums-probing", warm, train, reward="autotool", learning_rate=5e-4, max_steps=job.args.round_steps)
@@ -257,10 +319,21 @@ def right_shares(trajectories: list[Trajectory]) -> dict[str, float]:
     return {g[0].question_id: fmean(score(t)[0] for t in g) for g in groups_of(trajectories)}
 
 
+CHAINS: dict[str, Callable[[Job], dict]] = {  # long ones first
+    "et_agent_whole": et_agent_whole,
+    "autotool": autotool,
+    "outcome_rl": single_run("outcome_rl", reward="correct"),
+    "et_agent": single_run("et_agent", reward="et_agent"),
+    "entropy_sparse": single_run("entropy_sparse", reward="entropy_sparse"),
+    "entropy_dense": single_run("entropy_dense", reward="entropy_dense", advantage="entropy_dense", beta=1e-3),
+    "base": base_only,
+}
+
+
 def combine(per_seed: list[dict]) -> dict:
     """metrics.json: stage and family means over seeds and, for several seeds, the standard deviation of each metric."""
     first = per_seed[0]
-    stages, sums = first["stages"], first["sums"]
+    stages, sums = sorted(first["stages"], key=STAGES.index), first["sums"]
     metrics = {
         "stages": {s: _mean([m["stages"][s]["all"] for m in per_seed]) for s in stages},
         "families": {
