@@ -337,7 +337,7 @@ def combine(per_seed: list[dict]) -> dict:
     metrics = {
         "stages": {s: _mean([m["stages"][s]["all"] for m in per_seed]) for s in stages},
         "families": {
-            s: {f: _mean([m["stages"][s]["families"][f] for m in per_seed]) for f in stages[s]["families"]}
+            s: {f: _mean([m["stages"][s]["families"][f] for m in per_seed]) for f in first["stages"][s]["families"]}
             for s in stages
         },
         "sums": {

@@ -67,20 +67,23 @@ def test_families_and_files(tmp_path, capsys):
 
 def test_combine_takes_means_and_sample_deviations():
     one, other = e.evaluate(FOUR), e.evaluate(FOUR[:2])
-    combined = reproduce.combine([{"base": one}, {"base": other}])
+    combined = reproduce.combine([{"stages": {"base": m}, "sums": {"think": {"all": m["all"]}}} for m in (one, other)])
     assert combined["stages"]["base"]["correctness"] == pytest.approx(0.75)
     assert combined["spread"]["base"]["correctness"] == pytest.approx(0.5 / 2**0.5)
-    assert "spread" not in reproduce.combine([{"base": one}])
+    assert combined["sums"]["think"]["all"]["correctness"] == pytest.approx(0.75)
+    assert "spread" not in reproduce.combine([{"stages": {"base": one}, "sums": {}}])
 
 
 def test_report_holds_tables_and_figures(tmp_path):
-    metrics = reproduce.combine([{"base": e.evaluate(FOUR), "et_agent": e.evaluate(FOUR)}])
+    whole = e.evaluate(FOUR)
+    metrics = reproduce.combine([{"stages": {"et_agent": whole, "base": whole}, "sums": {"think": {"all": whole["all"]}}}])
     run = tmp_path / "run"
     run.mkdir()
     log = [{"step": s, "reward": 0.1 * s, "rewards/correct/mean": 0.5, "tools/call_frequency": 1.0} for s in (1, 2)]
     log = [row | {"completions/mean_length": 9.0, "entropy": 0.2, "frac_reward_zero_std": 0.0} for row in log]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     text = write_report(tmp_path, metrics, {"et_agent": [run]}, ["one seed"]).read_text()
+    assert list(metrics["stages"]) == ["base", "et_agent"] and "correctness all" in text
     assert "- one seed" in text and "## base, per family" in text and "| recall" in text
     for figure in ("calls.png", "curves.png"):
         assert f"({figure})" in text and (tmp_path / figure).read_bytes()[:4] == b"\x89PNG"
