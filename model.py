@@ -154,6 +154,11 @@ def load_policy(args: ModelArgs, trainable: bool = True) -> tuple[torch.nn.Modul
         return PeftModel.from_pretrained(base, path, is_trainable=trainable), tokenizer
     if not trainable:
         return base, tokenizer
+    return with_adapter(base, args), tokenizer
+
+
+def with_adapter(base: PreTrainedModel, args: ModelArgs) -> PeftModel:
+    """The frozen base with a fresh adapter."""
     targets = args.lora_target_modules
     config = LoraConfig(
         r=args.lora_r,
@@ -162,7 +167,7 @@ def load_policy(args: ModelArgs, trainable: bool = True) -> tuple[torch.nn.Modul
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config), tokenizer
+    return get_peft_model(base, config)
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
