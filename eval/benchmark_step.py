@@ -10,7 +10,8 @@ tool result in its middle, which is not trained on.
     seconds     GPU: of the clock. CPU: of the processor, over all threads, so that other load does not count
     tokens/s    tokens of all trajectories, without padding, per second of score + update
     peak        GPU: most bytes that torch allocated in the phase. CPU (Linux only): the most resident memory of the
-                phase above what was resident before the model was built, so the allocator's unused pages count too
+                phase above what was resident before the model was built (and after a step of a very small one), so
+                pages that the allocator keeps count too
     predicted   memory.training for the largest micro-batch, without the CUDA context, which torch does not count
 
 Each line runs in a fresh process: one step that is not counted, then the median of --repeats; peaks are the largest of
@@ -22,6 +23,7 @@ token; it computes in autocast when --dtype is bfloat16 and keeps adapters of a 
 log-probs up when a batch is used for a single update, where the score phase falls away (see the column).
 """
 
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -35,7 +37,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +45,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig, get_scheduler
+from transformers import PretrainedConfig, Qwen2Config, get_scheduler
 
 import train_rl
 from common import arg, cli, environment, table, write_text
@@ -268,19 +270,36 @@ def predicted(config: PretrainedConfig, flags: train_rl.Args, trajectories: list
     return max(plans, key=lambda parts: sum(parts.values()))
 
 
+def build(config: PretrainedConfig, flags: train_rl.Args, trajectories: list[Trajectory], library: str) -> Step:
+    """A policy with random weights, ready to be trained, and the library's step on it."""
+    model = with_adapter(random_base(config, flags), flags).to(device()).train()
+    if flags.gradient_checkpointing:
+        enable_checkpointing(model)
+    return STEPS[library](model, flags, trajectories)
+
+
+def rehearse(args: Args, flags: train_rl.Args, library: str) -> None:
+    """One step of a very small model: what libraries load when first used is not memory of the step."""
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    short = replace(args, trajectories=2, prompt_length=[4, 4], completion_length=[8, 8])
+    score, step = build(config, flags, make_trajectories(short, config.vocab_size), library)
+    step(score())
+    del score, step
+    gc.collect()
+
+
 def measure(args: Args, shape: str, layers: int, library: str) -> dict:
     """One line, in a process of its own: seconds and peaks of both phases."""
     torch.set_num_threads(args.threads)
     flags = rl_flags(args, shape)
-    if library == "trl":
-        import trl  # noqa: F401  what it loads is not the step's memory
+    rehearse(args, flags, library)
     config = shape_config(shape, layers)
     trajectories = make_trajectories(args, config.vocab_size)
     before = 0 if device().type == "cuda" else memory_of_process("VmRSS")
-    model = with_adapter(random_base(config, flags), flags).to(device()).train()
-    if args.gradient_checkpointing:
-        enable_checkpointing(model)
-    score, step = STEPS[library](model, flags, trajectories)
+    score, step = build(config, flags, trajectories, library)
     runs = []
     for _ in range(args.repeats + 1):
         scored, score_seconds, score_peak = timed(score)
