@@ -170,7 +170,7 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
                 )
         if (directory / "result.json").exists():
             finished = json.loads((directory / "result.json").read_text())
-    elif directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and any(p.name != "env.json" for p in directory.iterdir()):  # the file of a killed start
         raise DataError(f"--output_dir {directory} is in use: it holds files but no config.json of a run")
     else:
         directory.mkdir(parents=True, exist_ok=True)

@@ -594,3 +594,11 @@ def test_a_fork_adds_a_reward_by_a_function_a_line_and_a_name(flags, tmp_path):
     subprocess.run(words, check=True, cwd=fork, env=os.environ | {"PYTHONPATH": ""})
     rows = logged(flags["output_dir"])
     assert [row["reward"] for row in rows] == [1.5, 1.5] and rows[1]["grad_norm"] > 0
+
+
+def test_a_start_killed_between_its_two_files_starts_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "env.json").write_text("{}")
+    run = common.start_run(common.RunArgs(output_dir=str(tmp_path / "run"), threads=1))
+    assert run.finished is None and json.loads((tmp_path / "run" / "env.json").read_text())
+    assert (tmp_path / "run" / "config.json").exists()
