@@ -37,9 +37,10 @@ import rollout
 import train_rl
 import train_sft
 import warmup
-from common import RunArgs, arg, cli, start_run, write_text
+from common import RunArgs, arg, cli, start_run, table, write_text
 from data import world
 from data.questions import load_questions
+from eval import action_space, behaviour, insufficiency
 from eval.evaluate import COLUMNS, evaluate, metrics_table
 from eval.grader import score
 from eval.report import sums_table, write_report
@@ -207,6 +208,7 @@ def run_chains(jobs: list[Job], workers: int) -> list[dict]:
         for future in bar:
             results[futures[future]] = future.result()
             bar.set_postfix(done="/".join(map(str, futures[future])))
+        pool.submit(run_chain, jobs[0], "analyses").result()
     merged = []
     for job in jobs:
         parts = [results[job.seed, name] for name in CHAINS]
@@ -224,7 +226,7 @@ def run_chain(job: Job, name: str) -> dict:
     with open(job.folder / f"{name}.log", "a", buffering=1) as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-    return CHAINS[name](job)
+    return analyses(job) if name == "analyses" else CHAINS[name](job)
 
 
 # ---------------------------------------------------------------------------------------------------- chains
@@ -328,6 +330,25 @@ CHAINS: dict[str, Callable[[Job], dict]] = {  # long ones first
     "entropy_dense": single_run("entropy_dense", reward="entropy_dense", advantage="entropy_dense", beta=1e-3),
     "base": base_only,
 }
+
+
+def analyses(job: Job) -> dict:
+    """Beside the metrics, for one seed: what calls do to entropy, what hints repair, where stages act [PAPERS A6, C1]."""
+    folder, last = job.folder.parent / "analyses", f"rl_round_{ROUNDS}"
+    sampled = {stage: str(job.folder / f"{stage}.jsonl") for stage in STAGES}
+    behaviour.main([sampled["base"], "--entropy", "--model_name_or_path", job.base, "--output", str(folder)])
+    files = [f"{stage}={sampled[stage]}" for stage in ("base", "outcome_rl", "rft", last)]
+    own = dict(model_name_or_path=job.base, trajectories=files, output=str(folder), limit=200, threads=job.args.threads)
+    action_space.main(action_space.Args(**own))
+    sets = {}
+    for stage, model in (("base", job.base), (last, str(job.folder / "curriculum" / f"round-{ROUNDS}" / "rl"))):
+        own = dict(model_name_or_path=model, trajectories=sampled[stage], output_dir=str(job.folder / f"{stage}-hints"))
+        sets[stage] = insufficiency.main(insufficiency.Args(**job.shared | own, seed=job.seed))["sets"]["all"]
+    columns = ("wrong", "fixed", "insufficient", "mean_extra_calls")
+    rows = [[stage, *(row[c] for c in columns)] for stage, row in sets.items()]
+    text = "Wrong trajectories, and what up to three hints repair: shares of the wrong ones, calls beyond theirs.\n\n"
+    write_text(folder / "insufficiency.md", text + table(["", *columns], rows) + "\n")
+    return {}
 
 
 def combine(per_seed: list[dict]) -> dict:

@@ -16,7 +16,9 @@ CURVES = (
     ("tools/call_frequency", "tool calls per trajectory"),
     ("completions/mean_length", "model-written tokens"),
     ("entropy", "token entropy (nats)"),
+    ("think_rate", "thinking rate"),
     ("frac_reward_zero_std", "groups without signal"),
+    ("grad_norm", "gradient norm"),
 )
 
 
@@ -27,6 +29,7 @@ def write_report(folder: Path, metrics: dict, runs: dict[str, list[Path]], notes
     runs: RL stage -> its run folders (one per seed). notes: lines that say how the numbers were made.
     """
     calls_per_family(folder / "calls.png", metrics["families"])
+    calls_and_correctness(folder / "trade.png", metrics["stages"])
     curves(folder / "curves.png", runs)
     parts = ["# Reproduction report", "", *(f"- {note}" for note in notes), "", "## Stages", ""]
     parts += [metrics_table(metrics["stages"]), ""]
@@ -35,10 +38,15 @@ def write_report(folder: Path, metrics: dict, runs: dict[str, list[Path]], notes
         rows = [[stage, *(spread[n] for n in names)] for stage, spread in metrics["spread"].items()]
         parts += ["Standard deviation over seeds:", "", table(["", *names], rows), ""]
     parts += ["![Tool calls per family](calls.png)", "", "![Training curves](curves.png)", ""]
+    parts += ["![Calls and correctness](trade.png)", ""]
     if metrics.get("sums"):
         parts += ["## Running sums: when to think", "", sums_table(metrics["sums"]), ""]
     for stage, families in metrics["families"].items():
         parts += [f"## {stage}, per family", "", metrics_table(families), ""]
+    if (folder / "analyses" / "entropy_pilot.md").exists():
+        parts += ["## Analyses", "", "[What a call does to the entropy of the next thought](analyses/entropy_pilot.md)", ""]
+        parts += ["![ΔH by label](analyses/entropy_changes.png)", "", "![Action space](analyses/action_space.png)", ""]
+        parts += [(folder / "analyses" / "insufficiency.md").read_text(encoding="utf-8")]
     path = folder / "report.md"
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
@@ -74,10 +82,22 @@ def calls_per_family(path: Path, families: dict[str, dict[str, dict]]) -> None:
     _save(figure, path)
 
 
+def calls_and_correctness(path: Path, stages: dict[str, dict]) -> None:
+    """One point per stage: tool calls and correctness, the mark the larger the more trajectories are redundant."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for name, row in stages.items():
+        axis.scatter(row["calls"], row["correctness"], s=30 + 300 * row["redundant"], alpha=0.6)
+        axis.annotate(name, (row["calls"], row["correctness"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    axis.set_xlabel("tool calls per question")
+    axis.set_ylabel("correctness")
+    _save(figure, path)
+
+
 def curves(path: Path, runs: dict[str, list[Path]]) -> None:
     """Training curves over steps, one line per stage (thin lines: single seeds, if there are several)."""
     plt = _pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6))
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6))
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for (stage, folders), colour in zip(runs.items(), colours):
         logs = [read_metrics(folder) for folder in folders]
