@@ -1,0 +1,217 @@
+"""The parts of the reproduction: chains of our scripts that start from the base, one seed at a time (reproduce.py).
+
+A chain returns {"stages": {name: metrics}} on held-out questions of the world's six plain families, or {"sums": …} on
+running sums. Everything it makes is a resumable folder or file.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import curriculum
+import flywheel
+import refine
+import rollout
+import train_rl
+import train_sft
+import warmup
+from common import table, write_text
+from data import world
+from data.questions import load_questions
+from eval import action_space, behaviour, insufficiency
+from eval.evaluate import evaluate
+from eval.grader import score
+from trajectory import Trajectory, groups_of
+
+FAMILIES = "recall,lookup,bridge,add,multiply,lookup_compute"
+EVAL_SEED = 10_000  # held-out questions are drawn by seeds that training never uses
+QUESTIONS = {  # part -> families, flag of its size, seed
+    "train": (FAMILIES, "train_questions", 0),
+    "eval": (FAMILIES, "eval_questions", EVAL_SEED),
+    "sums": ("running_sum", "sum_questions", 0),
+    "sums-eval": ("running_sum", "eval_questions", EVAL_SEED),
+}
+ROUNDS = 3
+STAGES = ("base", "outcome_rl", "et_agent", "sft", "rft", *(f"rl_round_{r}" for r in range(1, ROUNDS + 1)),
+          "entropy_sparse", "entropy_dense")  # fmt: skip
+HARD = 0.5  # a sum is hard if the base answers less than this share right without thinking [DESIGN 4]
+
+
+class Job(NamedTuple):
+    """One seed of the reproduction: where its parts are, and what they share."""
+
+    folder: Path
+    base: str
+    index: str
+    seed: int
+    args: Any  # the flags of reproduce.py
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Flags of every script here; generous times, because a busy machine must not change a number."""
+        return dict(threads=self.args.threads, engine=self.args.engine, index=self.index, search_top_k=1,
+                    max_completion_length=256, python_timeout=60.0, max_tool_seconds=600.0)  # fmt: skip
+
+    def questions(self, part: str) -> str:
+        """Path of a part of QUESTIONS, drawn if it is not there."""
+        path = self.folder / f"{part}.questions.jsonl"
+        if not path.exists():
+            families, size, seed = QUESTIONS[part]
+            flags = ["--questions", str(getattr(self.args, size)), "--seed", str(seed + self.seed)]
+            world.main([*flags, "--preset", self.args.preset, "--families", families, "--output", str(path)])
+        return str(path)
+
+    def rl(self, stage: str, start: str, data: str, **flags: Any) -> str:
+        """The adapter folder of a GRPO run."""
+        own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / stage), seed=self.seed)
+        print(f"== {stage}", flush=True)
+        train_rl.main(train_rl.Args(**self.shared | dict(max_steps=self.args.max_steps) | own | flags))
+        return own["output_dir"]
+
+    def sft(self, stage: str, start: str, data: str, steps: int) -> str:
+        """The adapter folder of a fine-tuning run."""
+        own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / stage), seed=self.seed)
+        own |= dict(max_steps=min(steps, self.args.max_steps), per_device_train_batch_size=16)
+        print(f"== {stage}", flush=True)
+        train_sft.main(train_sft.Args(**own, threads=self.args.threads))
+        return own["output_dir"]
+
+    def evolve(self, name: str, start: str, data: str, **flags: Any) -> str:
+        """The RFT set of a flywheel run with the world's oracle as critic; rounds=0: of plain samples."""
+        own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / name), seed=self.seed)
+        own |= dict(critic="rule", limit=self.args.evolve_questions)
+        print(f"== {name}", flush=True)
+        flywheel.main(flywheel.Args(**self.shared | own | flags))
+        return str(self.folder / name / "rft.jsonl")
+
+    def sample(self, name: str, model: str, data: str, **flags: Any) -> list[Trajectory]:
+        """One held-out sample per question, or as many as `num_generations`."""
+        own = dict(model_name_or_path=model, data=data, output=str(self.folder / f"{name}.jsonl"), num_generations=1)
+        print(f"== sample {name}", flush=True)
+        return rollout.main(rollout.Args(**self.shared | own | dict(seed=EVAL_SEED + self.seed) | flags))
+
+
+    def measured(self, stage: str, model: str) -> dict:
+        """Metrics of a stage on the held-out questions of the six plain families."""
+        return evaluate(self.sample(stage, model, self.questions("eval")))
+
+
+def base_only(job: Job) -> dict:
+    """The model that everything starts from."""
+    return {"stages": {"base": job.measured("base", job.base)}}
+
+
+def single_run(stage: str, **flags: Any) -> Callable[[Job], dict]:
+    """A chain of one GRPO run from the base."""
+    return partial(_single_run, stage=stage, flags=flags)
+
+
+def _single_run(job: Job, stage: str, flags: dict) -> dict:
+    own = {k: getattr(job.args, k) for k in ("sigma_tool", "sigma_length")}
+    model = job.rl(stage, job.base, job.questions("train"), **own | flags)
+    return {"stages": {stage: job.measured(stage, model)}}
+
+
+def et_agent_whole(job: Job) -> dict:
+    """SFT on right samples → flywheel → RFT → rounds of Pareto selection and RL [2601.06860; PAPERS A]."""
+    args, train = job.args, job.questions("train")
+    models = {}
+    samples = job.evolve("samples", job.base, train, rounds=0, num_generations=4)
+    models["sft"] = job.sft("sft", job.base, samples, 60)
+    evolved = job.evolve("flywheel", models["sft"], train, num_generations=2)
+    models["rft"] = job.sft("rft", models["sft"], evolved, 60)
+    folder = job.folder / "curriculum"
+    own = dict(model_name_or_path=models["rft"], data=train, limit=args.select_questions, seed=job.seed)
+    own |= dict(num_questions=args.select_questions // 2, select_generations=8, rounds=ROUNDS)
+    own |= dict(sigma_tool=args.sigma_tool, sigma_length=args.sigma_length, max_steps=args.round_steps)
+    curriculum.main(curriculum.Args(**job.shared | own, output_dir=str(folder)))
+    models |= {f"rl_round_{r}": str(folder / f"round-{r}" / "rl") for r in range(1, ROUNDS + 1)}
+    return {"stages": {stage: job.measured(stage, model) for stage, model in models.items()}}
+
+
+def autotool(job: Job) -> dict:
+    """AutoTool on running sums [2603.13348; PAPERS B]: {"sums": {stage: {"all", "easy", "hard"}}}.
+
+    think, no_think: the base in a forced mode. autotool: warm-up, refined data, asymmetric reward and the decoupled
+    constraint; unconstrained: without the constraint; no_warmup: from the base, without it either.
+    """
+    base, train, held_out = job.base, job.questions("sums"), job.questions("sums-eval")
+    probe = job.sample("sums-probe", base, held_out, mode="no_think", num_generations=8)
+    hard = {i for i, share in right_shares(probe).items() if share < HARD}
+    folder = job.folder / "warmup"
+    own = dict(model_name_or_path=base, data=train, output=str(folder), num_generations=8, label_rule="majority")
+    warmup.main(warmup.Args(**job.shared | own, seed=job.seed))
+    warm = job.sft("autotool_warmup", base, str(folder / "sft.jsonl"), 400)
+    refined = refined_questions(job, warm, train)
+    rl = dict(reward="autotool", learning_rate=5e-4)
+    constraint = dict(entropy_regulariser="decoupled", entropy_target="relative")
+    stages = {
+        "base": (base, "auto"),
+        "think": (base, "think"),
+        "no_think": (base, "no_think"),
+        "autotool_warmup": (warm, "auto"),
+        "autotool": (job.rl("autotool", warm, refined, **rl, **constraint), "auto"),
+        "unconstrained": (job.rl("autotool_unconstrained", warm, refined, **rl), "auto"),
+        "no_warmup": (job.rl("autotool_no_warmup", base, refined, **rl), "auto"),
+    }
+    metrics = {}
+    for stage, (model, mode) in stages.items():
+        sampled = job.sample(f"sums-{stage}", model, held_out, mode=mode)
+        parts = {
+            "all": sampled,
+            "easy": [t for t in sampled if t.question_id not in hard],
+            "hard": [t for t in sampled if t.question_id in hard],
+        }
+        metrics[stage] = {name: evaluate(part)["all"] for name, part in parts.items() if part}
+    return {"sums": metrics}
+
+
+def refined_questions(job: Job, warm: str, train: str) -> str:
+    """AutoTool's data refinement: rewards of every question at two moments of a short RL run [PAPERS B2]."""
+    output, n = job.folder / "sums-refined.questions.jsonl", len(load_questions(train)) // 2
+    if output.exists():
+        return str(output)
+    probing = job.rl("sums-probing", warm, train, reward="autotool", learning_rate=5e-4, max_steps=job.args.round_steps)
+    epochs = []
+    for epoch, model in enumerate((warm, probing)):
+        job.sample(f"sums-epoch-{epoch}", model, train, num_generations=8, seed=job.seed)
+        epochs.append(str(job.folder / f"sums-epoch-{epoch}.jsonl"))
+    refine.main(refine.Args(trajectories=epochs, data=train, output=str(output), num_questions=n, seed=job.seed))
+    return str(output)
+
+
+def right_shares(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Question id -> mean correctness of its samples."""
+    return {g[0].question_id: fmean(score(t)[0] for t in g) for g in groups_of(trajectories)}
+
+
+CHAINS: dict[str, Callable[[Job], dict]] = {  # long ones first
+    "et_agent_whole": et_agent_whole,
+    "autotool": autotool,
+    "outcome_rl": single_run("outcome_rl", reward="correct"),
+    "et_agent": single_run("et_agent", reward="et_agent"),
+    "entropy_sparse": single_run("entropy_sparse", reward="entropy_sparse"),
+    "entropy_dense": single_run("entropy_dense", reward="entropy_dense", advantage="entropy_dense", beta=1e-3),
+    "base": base_only,
+}
+
+
+def analyses(job: Job) -> dict:
+    """Beside the metrics, for one seed: what calls do to entropy, what hints repair, where stages act [PAPERS A6, C1]."""
+    folder, last = job.folder.parent / "analyses", f"rl_round_{ROUNDS}"
+    sampled = {stage: str(job.folder / f"{stage}.jsonl") for stage in STAGES}
+    behaviour.main([sampled["base"], "--entropy", "--model_name_or_path", job.base, "--output", str(folder)])
+    files = [f"{stage}={sampled[stage]}" for stage in ("base", "outcome_rl", "rft", last)]
+    own = dict(model_name_or_path=job.base, trajectories=files, output=str(folder), limit=200, threads=job.args.threads)
+    action_space.main(action_space.Args(**own))
+    sets = {}
+    for stage, model in (("base", job.base), (last, str(job.folder / "curriculum" / f"round-{ROUNDS}" / "rl"))):
+        own = dict(model_name_or_path=model, trajectories=sampled[stage], output_dir=str(job.folder / f"{stage}-hints"))
+        sets[stage] = insufficiency.main(insufficiency.Args(**job.shared | own, seed=job.seed))["sets"]["all"]
+    columns = ("wrong", "fixed", "insufficient", "mean_extra_calls")
+    rows = [[stage, *(row[c] for c in columns)] for stage, row in sets.items()]
+    text = "Wrong trajectories, and what up to three hints repair: shares of the wrong ones, calls beyond theirs.\n\n"
+    write_text(folder / "insufficiency.md", text + table(["", *columns], rows) + "\n")
+    return {}
