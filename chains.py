@@ -70,12 +70,12 @@ class Job(NamedTuple):
         train_rl.main(train_rl.Args(**self.shared | dict(max_steps=self.args.max_steps) | own | flags))
         return own["output_dir"]
 
-    def sft(self, stage: str, start: str, data: str, steps: int) -> str:
+    def sft(self, stage: str, start: str, data: str, steps: int, **flags: Any) -> str:
         """The adapter folder of a fine-tuning run."""
         own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / stage), seed=self.seed)
-        own |= dict(max_steps=min(steps, self.args.max_steps), per_device_train_batch_size=16)
+        own |= dict(max_steps=self.args.max_steps if self.args.quick else steps, per_device_train_batch_size=16)
         print(f"== {stage}", flush=True)
-        train_sft.main(train_sft.Args(**own, threads=self.args.threads))
+        train_sft.main(train_sft.Args(**own | flags, threads=self.args.threads))
         return own["output_dir"]
 
     def evolve(self, name: str, start: str, data: str, **flags: Any) -> str:
@@ -143,7 +143,7 @@ def autotool(job: Job) -> dict:
     folder = job.folder / "warmup"
     own = dict(model_name_or_path=base, data=train, output=str(folder), num_generations=8, label_rule="majority")
     warmup.main(warmup.Args(**job.shared | own, seed=job.seed))
-    warm = job.sft("autotool_warmup", base, str(folder / "sft.jsonl"), 400)
+    warm = job.sft("autotool_warmup", base, str(folder / "sft.jsonl"), 400, learning_rate=2e-3)
     refined = refined_questions(job, warm, train)
     rl = dict(reward="autotool", learning_rate=5e-4)
     constraint = dict(entropy_regulariser="decoupled", entropy_target="relative")
