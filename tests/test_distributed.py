@@ -116,7 +116,7 @@ def metrics_of(folder):
 
 
 def test_a_run_of_two_processes_is_the_run_of_one(settings, tmp_path, port):
-    flags = settings | {"max_steps": 2, "advantage": "grpo_no_std", "entropy_coef": 0.5}
+    flags = settings | {"max_steps": 2, "advantage": "grpo_no_std", "entropy_coef": 0.5, "entropy_regulariser": "constant"}
     run([sys.executable, *command_line(flags, output_dir=tmp_path / "one")])
     run([*TWO, port, *command_line(flags, output_dir=tmp_path / "two")])
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
