@@ -1,6 +1,7 @@
 """Benchmark of the sampling engines: trajectories and tokens per second, and prefill tokens saved, in one run.
 
     python -m eval.benchmark_rollout --output results/rollout_cpu --threads 2
+    python -m eval.benchmark_rollout --random_init Qwen2.5-7B --load_in_4bit --slots 64 --output results/rollout_7b
 
 A small model with random weights samples scripted trajectories: the noise of the Gumbel trick leaves it no choice, so
 every engine runs the whole model and produces the same ids (checked), whatever the weights. Loads:
@@ -20,19 +21,23 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import engine
 import rollout
 from common import arg, cli, environment, table, write_text
 from conversation import Draft, RolloutArgs, ToolBox, encode, result_text
 from data.questions import Question
+from eval.random_model import random_base, shape_config
+from model import ModelArgs, causal_lm, device, with_adapter
 from tools.python import ToolResult
+from trajectory import DataError
 
 COMPLETE = {"hf": rollout.complete, "fast": engine.complete}
 LOADS = {  # prompt tokens, sampled tokens per turn, result tokens, tool latency in seconds
@@ -57,7 +62,12 @@ class Args:
     layers: int = arg(4, "layers of the model")
     heads: int = arg(4, "attention heads")
     kv_heads: int = arg(4, "key and value heads")
-    vocab: int = arg(700, "vocabulary")
+    vocab: int = arg(700, "words of the tokenizer, and vocabulary of the model but for --random_init")
+    random_init: str = arg("", "a known architecture, or a folder with a config.json, instead of these sizes")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = arg(
+        "auto", "--random_init: auto is bfloat16 on a GPU, float32 on a CPU"
+    )
+    load_in_4bit: bool = arg(False, "--random_init: Linears in 4-bit NF4 (bitsandbytes)")
     threads: int = arg(2, "CPU threads")
 
     def __post_init__(self):
@@ -66,6 +76,8 @@ class Args:
         for flag, known in (("loads", LOADS), ("engines", COMPLETE)):
             if unknown := [name for name in getattr(self, flag) if name not in known]:
                 raise ValueError(f"--{flag} {unknown[0]}: not one of {', '.join(known)}")
+        if self.load_in_4bit and not self.random_init:
+            raise ValueError("--load_in_4bit needs --random_init")
 
 
 # ---------------------------------------------------------------------------------------------------- a load
@@ -80,8 +92,17 @@ def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
 
-def random_model(args: Args, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """The shape of the shipped base by default, with random weights."""
+def random_model(args: Args, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+    """The shape of the shipped base by default, in float32, with random weights; --random_init with an adapter."""
+    if args.random_init:
+        flags, config = ModelArgs(args.random_init, args.dtype, args.load_in_4bit), shape_config(args.random_init)
+        if config.vocab_size < len(tokenizer):
+            raise DataError(f"--vocab {args.vocab}: {args.random_init} has a vocabulary of {config.vocab_size}")
+        model = with_adapter(random_base(config, flags), flags)
+        causal_lm(model).generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+        return model.to(device()).eval()
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=3 * args.hidden,
@@ -89,7 +110,7 @@ def random_model(args: Args, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCaus
         head_dim=args.hidden // args.heads, tie_word_embeddings=True, max_position_embeddings=32768,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return Qwen3ForCausalLM(config).eval()
+    return Qwen3ForCausalLM(config).to(device()).eval()
 
 
 def scripted_noise(scripts: dict[int, list[int]]):
@@ -99,11 +120,12 @@ def scripted_noise(scripts: dict[int, list[int]]):
     """
 
     def noise(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-        out = torch.zeros(len(seeds), vocab)
-        for row, (seed, at) in enumerate(zip(seeds.tolist(), positions.tolist())):
+        chosen = []
+        for seed, at in zip(seeds.tolist(), positions.tolist()):
             script = scripts[seed]
-            out[row, script[at] if at < len(script) else 0] = 1e9  # generate also asks for rows that have ended
-        return out.to(seeds.device)
+            chosen.append(script[at] if at < len(script) else 0)  # generate also asks for rows that have ended
+        out = torch.zeros(len(seeds), vocab, device=seeds.device)
+        return out.scatter_(1, torch.tensor(chosen, device=seeds.device)[:, None], 1e9)
 
     return noise
 
@@ -185,9 +207,17 @@ def report(header: dict, args: Args, rows: list[dict]) -> str:
         f"{header['cpu']}, {args.threads} threads of {header['cores']} cores, GPU: {header['gpu'] or 'none'}; torch "
         f"{header['packages']['torch']}, transformers {header['packages']['transformers']}; commit {header['commit']}; "
         f"median of {args.repeats}; speed-up over `{args.engines[0]}` on the same load in the same run.\n"
-        f"Random model: {args.layers} layers of {args.hidden}, {args.heads} heads ({args.kv_heads} for keys), "
-        f"vocabulary {args.vocab}, float32.\n\n    {header['command']}\n"
+        f"Random model: {shape_text(args)}.\n\n    {header['command']}\n"
     )
+
+
+def shape_text(args: Args) -> str:
+    """The model in words."""
+    if args.random_init:
+        four_bit = ", Linears in 4-bit NF4" * args.load_in_4bit
+        return f"{args.random_init}, --dtype {args.dtype}{four_bit}, LoRA r=16"
+    heads = f"{args.heads} heads ({args.kv_heads} for keys)"
+    return f"{args.layers} layers of {args.hidden}, {heads}, vocabulary {args.vocab}, float32"
 
 
 def main(args: Args) -> list[dict]:

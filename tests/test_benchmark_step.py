@@ -13,9 +13,11 @@ from tiny_models import save_tiny_model
 from transformers import Qwen2Config
 
 import memory
+from eval import benchmark_rollout
 from eval import benchmark_step as b
 from eval.random_model import random_base, shape_config
 from model import ModelArgs, load_base, packed, with_adapter
+from trajectory import DataError
 
 SMALL = Qwen2Config(
     vocab_size=160, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -25,7 +27,8 @@ LENGTHS = {"prompt_length": [5, 9], "completion_length": [8, 24], "max_tokens_pe
 
 
 def arguments(**more):
-    return b.Args(**({"output": "x", "random_init": ["Qwen2.5-0.5B"], "trajectories": 10, "threads": 1} | LENGTHS | more))
+    flags = {"output": "x", "random_init": ["Qwen2.5-0.5B"], "trajectories": 10, "threads": 1} | LENGTHS
+    return b.Args(**(flags | more))
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -158,6 +161,21 @@ def test_the_table_has_a_line_for_each_library(tmp_path, monkeypatch):
     assert ours["update_peak"] > 0 and sum(ours["predicted"].values()) > 0
     assert theirs["failed"] == "not installed" and "not installed" in (tmp_path / "t.md").read_text()
     assert json.loads((tmp_path / "t.json").read_text())["rows"][0]["library"] == "tare"
+
+
+def test_the_rollout_benchmark_takes_a_shape(tmp_path):
+    Qwen2Config(**(SMALL.to_dict() | {"vocab_size": 720})).save_pretrained(tmp_path / "m")
+    flags = {"random_init": str(tmp_path / "m"), "loads": ["short"], "slots": [4], "turns": [1], "waves": 1.0}
+    args = benchmark_rollout.Args(output=str(tmp_path / "r"), repeats=1, threads=1, **flags)
+    threads = torch.get_num_threads()
+    hf, fast = benchmark_rollout.main(args)
+    torch.set_num_threads(threads)
+    assert hf["sampled"] == fast["sampled"] > 0 and "LoRA r=16" in (tmp_path / "r.md").read_text()
+    args.vocab = 730
+    with pytest.raises(DataError, match="--vocab 730: .* has a vocabulary of 720"):
+        benchmark_rollout.main(args)
+    with pytest.raises(ValueError, match="--load_in_4bit needs --random_init"):
+        benchmark_rollout.Args(output="x", load_in_4bit=True)
 
 
 @pytest.mark.parametrize(
