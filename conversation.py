@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -334,15 +334,29 @@ def token_spans(ids: list[int], offset: int, text: str, dialect: str, tokenizer:
     return spans
 
 
+def turn_text(draft: Draft) -> str:
+    """What stands since the last tool result, forced openings, edits and hints included."""
+    text = ""
+    for who, *_, piece in reversed(draft.segments):
+        if who == "tool":
+            break
+        text = piece + text
+    return text
+
+
 def end_turn(draft: Draft, eos: set[int]) -> list[ToolCall]:
-    """Read the calls of the turn just sampled; finish the draft if it has none to run. Returns the calls to run."""
-    text = draft.segments[-1][3]
+    """Read the calls of the turn just sampled; finish the draft if it has none to run. Returns the calls to run.
+
+    Calls of a finished draft are kept: unclosed ones, the answer (task function), or what the budget left no time for.
+    """
+    text = turn_text(draft)
     calls = parse_calls(text, draft.dialect)
+    function = draft.question.task == "function"
     if draft.finish is None and (draft.ids[-1] in eos and (draft.dialect == "tags" or not calls)):
         draft.finish = "eos"
-    if draft.finish is None and (text.rstrip().endswith("</answer>") or draft.question.task == "function"):
+    if draft.finish is None and (text.rstrip().endswith("</answer>") or function):
         draft.finish = "eos"
-    if draft.finish is not None:
-        draft.calls += calls  # unclosed, or (task function) the answer itself
-        return []
-    return calls
+    if draft.finish is None:
+        return calls
+    draft.calls += calls if function else [replace(c, ok=False, error=c.error or "not run") for c in calls]
+    return []

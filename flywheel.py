@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 import plan
 from common import RunArgs, arg, cli, seed_of, start_run, table
-from conversation import Draft, RolloutArgs, ToolBox, check_prompts, open_tools, start_draft, to_trajectory
+from conversation import Draft, RolloutArgs, ToolBox, check_prompts, open_tools, start_draft, to_trajectory, turn_text
 from critics import CRITICS, CriticName
 from data.questions import Question, load_questions
 from eval.behaviour import CORRECT
@@ -254,7 +254,7 @@ def finish_edits(
     """Sample edited drafts to their end; where an edit ends in a call, that call is run first."""
     limits = {name: getattr(args, name) + args.extra_calls for name in LIMITS}
     evolving = RolloutArgs(**{name: getattr(args, name) for name in RolloutArgs.__dataclass_fields__} | limits)
-    calling = [d for d in drafts if not d.finish and d.segments and parse_calls(d.segments[-1][3], d.dialect)]
+    calling = [d for d in drafts if not d.finish and parse_calls(turn_text(d), d.dialect)]
     with ThreadPoolExecutor(args.tool_workers) as pool:
         pending = submit_calls(calling, toolbox, evolving, set(eos_ids(model, tokenizer)), pool)
         collect_results(pending, evolving, tokenizer)

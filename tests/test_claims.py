@@ -77,6 +77,15 @@ def test_cells_share_the_stages_they_have_in_common(flags, tmp_path):
     assert plan_cell("rft", 0, args).digest != short.digest
 
 
+def test_probe_runs_are_looked_at_and_thrown_away(flags):
+    """Refinement chooses questions; its RL starts from the base, as that of every other variant without warm-up."""
+    args = claims.Args(full=True, **flags)
+    for how in ("epochs_low", "random"):
+        *_, refine, train, evaluation = plan_cell(f"at_35_refine_{how}", 0, args).jobs
+        assert train.flags["model_name_or_path"] == args.base and train.flags["data"] == refine.output
+        assert evaluation.flags["model_name_or_path"] == train.output
+
+
 def test_no_two_stages_of_different_flags_share_a_folder(flags):
     args, seen = claims.Args(full=True, **flags), {}
     for cell in cells_of(CLAIMS, args).values():

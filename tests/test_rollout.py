@@ -195,6 +195,28 @@ def test_hermes_runs_parallel_calls_in_the_chat_template():
     assert between == "\n" + one + one + "<|im_start|>assistant\n"
 
 
+def test_a_call_that_the_budget_cut_off_was_not_run():
+    call = '<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n</tool_call>'
+    tokenizer = byte_tokenizer()
+    model = ScriptedModel(tokenizer, lambda response: call + " and so on" * 20)
+    args = c.RolloutArgs(num_generations=1, dialect="hermes", max_completion_length=len(call) + 20)
+    t = r.rollout(model, tokenizer, [question()], args, {"python": echo}, (0,))[0]
+    assert t.finish == "length" and t.n_calls == 1
+    assert [(call.ok, call.error, call.result) for call in t.tool_calls] == [(False, "not run", "")]
+
+
+@pytest.mark.parametrize("mode", ["auto", "think"])
+def test_a_call_inside_an_open_thought_is_none(mode):
+    opening = "" if mode == "think" else "<think>"
+    texts = [opening + "so <python>print(2)</python>", " is not it</think>" + ANSWER]
+    tokenizer = byte_tokenizer()
+    args = c.RolloutArgs(num_generations=1, mode=mode)
+    model = ScriptedModel(tokenizer, lambda response: texts["</python>" in response])
+    t = r.rollout(model, tokenizer, [question()], args, {"python": echo}, (0,))[0]
+    assert t.response_text == "<think>so <python>print(2)</python> is not it</think>" + ANSWER
+    assert t.tool_calls == [] and t.finish == "eos" and [s.kind for s in t.spans].count("tool_call") == 0
+
+
 def test_function_questions_end_with_their_calls():
     call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
     tokenizer = byte_tokenizer()
