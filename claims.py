@@ -80,15 +80,15 @@ def main(args: Args) -> dict[str, str]:
         print(listing(chosen, cells, rows))
         return {}
     problems = run_missing([cell for key, cell in cells.items() if key not in rows], args)
+    verdicts = report_begun(chosen, args)
     rows = collect_rows(cells, args)
-    verdicts = write_report(chosen, cells, rows, args)
     missing = [f"{name}/{seed}" for name, seed in cells if (name, seed) not in rows]
     print(f"{len(rows)} of {len(cells)} cells done; report: {Path(args.results) / 'report.md'}")
     if missing:
         print(f"missing: {', '.join(missing)}")
     if problems:
         raise DataError("cells failed: " + "; ".join(problems))
-    return verdicts
+    return {name: verdicts[name] for name in chosen}
 
 
 def cells_of(claims: dict[str, Claim], args: Args) -> dict[tuple[str, int], Cell]:
@@ -211,6 +211,15 @@ def listing(claims: dict[str, Claim], cells: dict, rows: dict) -> str:
         words = " ".join(f"{v}/{seeds}" for v, seeds in missing.items() if seeds)
         lines.append([name, f"{done} of {len(mine)}", f"{minutes:.0f}", words or "none"])
     return table(["claim", "cells done", "minutes on one core", "missing (variant/seeds)"], lines)
+
+
+def report_begun(chosen: dict[str, Claim], args: Args) -> dict[str, str]:
+    """Write the report of the chosen claims and of every other one that has a row, and return its verdicts."""
+    rows = collect_rows(cells_of(CLAIMS, args), args)
+    ran = {variant for variant, _ in rows}
+    begun = {n: c for n, c in CLAIMS.items() if n in chosen or any(v in ran for pair in c.pairs for v in pair)}
+    cells = cells_of(begun, args)
+    return write_report(begun, cells, {key: row for key, row in rows.items() if key in cells}, args)
 
 
 def write_report(claims: dict[str, Claim], cells: dict, rows: dict, args: Args) -> dict[str, str]:

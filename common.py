@@ -30,7 +30,8 @@ from trajectory import DataError
 
 A = TypeVar("A")
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "math-verify", "bm25s")
-NOT_CONFIG = {"overwrite", "report_to", "resume_from_checkpoint", "max_minutes", "dry_run", "dry_run_gb", "base_url"}  # may differ when a run goes on
+# may differ when a run goes on
+NOT_CONFIG = {"overwrite", "report_to", "resume_from_checkpoint", "max_minutes", "dry_run", "dry_run_gb", "base_url"}
 
 
 def arg(default: Any, help: str) -> Any:

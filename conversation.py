@@ -4,7 +4,6 @@ Shared by every sampler (rollout.py) and by train_sft.py, so that all of them bu
 `Draft` grows segment by segment, each tokenised once, and becomes a `Trajectory` when it is finished.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -302,11 +301,6 @@ def mode_of(response: str) -> str:
     return "think" if opening and not response.startswith("</think>", opening.end()) else "no_think"
 
 
-def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens at the start of a response after which it is known whether its think block is empty."""
-    return len(os.path.commonprefix([encode(tokenizer, NO_THINK), encode(tokenizer, "<think>\nso")])) + 1
-
-
 def token_starts(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Where in text, the decoded ids, each token starts; the tokens of one character all start at it."""
     starts, at = [], 0
@@ -336,27 +330,20 @@ def token_spans(ids: list[int], offset: int, text: str, dialect: str, tokenizer:
 
 def turn_text(draft: Draft) -> str:
     """What stands since the last tool result, forced openings, edits and hints included."""
-    text = ""
-    for who, *_, piece in reversed(draft.segments):
-        if who == "tool":
-            break
-        text = piece + text
-    return text
+    results = [i for i, (who, *_) in enumerate(draft.segments) if who == "tool"]
+    return "".join(piece for *_, piece in draft.segments[max(results, default=-1) + 1 :])
 
 
 def end_turn(draft: Draft, eos: set[int]) -> list[ToolCall]:
-    """Read the calls of the turn just sampled; finish the draft if it has none to run. Returns the calls to run.
-
-    Calls of a finished draft are kept: unclosed ones, the answer (task function), or what the budget left no time for.
-    """
-    text = turn_text(draft)
+    """Read the calls of the turn just sampled; finish the draft if it has none to run. Returns the calls to run."""
+    text, function = turn_text(draft), draft.question.task == "function"
     calls = parse_calls(text, draft.dialect)
-    function = draft.question.task == "function"
-    if draft.finish is None and (draft.ids[-1] in eos and (draft.dialect == "tags" or not calls)):
-        draft.finish = "eos"
-    if draft.finish is None and (text.rstrip().endswith("</answer>") or function):
+    ended = draft.ids[-1] in eos and (draft.dialect == "tags" or not calls)
+    if draft.finish is None and (ended or text.rstrip().endswith("</answer>") or function):
         draft.finish = "eos"
     if draft.finish is None:
         return calls
-    draft.calls += calls if function else [replace(c, ok=False, error=c.error or "not run") for c in calls]
+    if not function:  # there the calls are the answer; elsewhere they have not been run
+        calls = [replace(call, ok=False, error=call.error or "not run") for call in calls]
+    draft.calls += calls
     return []

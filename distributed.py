@@ -61,16 +61,20 @@ def gather(items: list[T]) -> list[T]:
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its sum over the processes, in one flat message; a missing one counts as 0."""
+    """Replace every gradient by its sum over the processes, in one flat message; a missing one counts as 0.
+
+    Where no process has any, none has one afterwards, as in a single process: AdamW then leaves the weights alone.
+    """
     if not dist.is_initialized():
         return
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten().float() for p in parameters])
+    present = torch.tensor([float(any(p.grad is not None for p in parameters))], device=parameters[0].device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([present, *(g.flatten().float() for g in gradients)])
     _together(lambda: dist.all_reduce(flat))
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(part.view_as(p))
+    if not flat[0]:
+        return
+    for p, part in zip(parameters, flat[1:].split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p).to(p.dtype, copy=True)
 
 
 def sum_values(values: dict[str, float]) -> dict[str, float]:

@@ -15,20 +15,21 @@ of a step among N processes. Left out on purpose: critics, reward models, off-po
 
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Literal
 
 from tqdm import tqdm
-from transformers import get_scheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
 import distributed
 import plan
 from branching import tokens_saved
 from checkpoint import resume, save_checkpoint
 from common import Run, RunArgs, arg, cli, shuffled, start_run
-from conversation import RolloutArgs, check_prompts, mode_tokens, open_tools
+from conversation import NO_THINK, RolloutArgs, check_prompts, encode, open_tools
 from data.questions import load_questions
 from entropy import DeltaForm, Segment, mean_entropy
 from eval.behaviour import void_turns
@@ -63,6 +64,11 @@ from rollout import rollout
 from trajectory import DataError, Trajectory, groups_of
 from update import micro_batches, reward_spread, update
 
+SHOWN = (  # beside the progress bar
+    ("reward", "reward", ".3f"), ("calls", "tools/call_frequency", ".2f"), ("tokens", "completions/mean_length", ".0f"),
+    ("entropy", "entropy", ".2f"),
+)  # fmt: skip
+
 
 @dataclass
 class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
@@ -76,7 +82,7 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     reward: RewardName = arg("correct", "what is optimised")
     sigma_tool: float = arg(0.1, "et_agent: how steeply more calls than the group's mean cost (paper 0.1)")
     sigma_length: float = arg(0.1, "et_agent: the same for reasoning length (paper 0.1)")
-    sigma_schedule: Literal["fixed", "linear"] = arg("fixed", "linear: both σ fall to 0 within the run (ET-Agent's code)")
+    sigma_schedule: Literal["fixed", "linear"] = arg("fixed", "linear: both σ fall to 0 in the run (ET-Agent's code)")
     behaviour_gain: float = arg(1.0, "et_agent: g, 1 in the paper, 2 in its code")
     segment: Segment = arg("reasoning", "entropy_*: which tokens between two tool results make a segment")
     delta_margin: float = arg(0.0, "entropy_*: a call counts as reducing below −margin, in nats (paper 0)")
@@ -179,6 +185,8 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
         dense = self.advantage == "entropy_dense"
         if dense != (self.reward == "entropy_dense"):
             raise ValueError(f"--reward {self.reward} does not go with --advantage {self.advantage}")
+        if self.reward in ("entropy_sparse", "entropy_dense") and self.temperature != 1:
+            raise ValueError(f"--reward {self.reward} reads entropies at --temperature 1, not {self.temperature}")
         if dense and self.skip_zero_variance:
             raise ValueError("--skip_zero_variance looks at whole trajectories: not with --advantage entropy_dense")
         if self.entropy_coef and self.entropy_regulariser != "constant":
@@ -287,21 +295,14 @@ def train(args: Args) -> dict:
                 "time/step": time.perf_counter() - started,
             }
             run.log(step + 1, metrics)
-            bar.set_postfix(
-                reward=f"{metrics['reward']:.3f}",
-                calls=f"{metrics['tools/call_frequency']:.2f}",
-                tokens=f"{metrics['completions/mean_length']:.0f}",
-                entropy=f"{metrics['entropy']:.2f}",
-            )
+            bar.set_postfix({name: f"{metrics[key]:{digits}}" for name, key, digits in SHOWN})
             if distributed.rank() > 0:
                 continue
             if step % args.sample_steps == 0:
                 dump_samples(run, step + 1, groups[0])
             if (step + 1) % args.save_steps == 0 or step + 1 == args.max_steps:
-                counters = {"metrics": metrics, "entropy_state": asdict(constraint)}
-                save_checkpoint(
-                    run.dir, step + 1, model, tokenizer, optimizer, scheduler, counters, args.save_total_limit
-                )
+                state = {"metrics": metrics, "entropy_state": asdict(constraint)}
+                save_checkpoint(run.dir, step + 1, model, tokenizer, optimizer, scheduler, state, args.save_total_limit)
     result = {"steps": args.max_steps, **{k: v for k, v in metrics.items() if not k.startswith("time/")}}
     if distributed.rank() == 0:
         save_adapter(model, tokenizer, run.dir)
@@ -381,6 +382,11 @@ def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
         "time/tool_p99": seconds[len(seconds) * 99 // 100],
         "rollout/tokens_saved": tokens_saved(flat),
     }
+
+
+def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens at the start of a response after which it is known whether its think block is empty."""
+    return len(os.path.commonprefix([encode(tokenizer, NO_THINK), encode(tokenizer, "<think>\nso")])) + 1
 
 
 def mode_metrics(trajectories: list[Trajectory], opening: int) -> dict[str, float]:

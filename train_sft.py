@@ -128,12 +128,12 @@ def train(args: Args) -> dict:
         distributed.sum_gradients(trained)
         loss = distributed.sum_values({"loss": loss})["loss"]
         norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm).item()
+        rate = scheduler.get_last_lr()[0]
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
+            scheduler.step()
         else:
             tqdm.write(f"step {step + 1} skipped: loss {loss}, gradient norm {norm}")
-        rate = scheduler.get_last_lr()[0]
-        scheduler.step()
         optimizer.zero_grad()
         losses.append(loss)
         seconds = time.perf_counter() - started

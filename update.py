@@ -63,7 +63,7 @@ def update(
     betas: list[float],
     args: Any,
 ) -> dict[str, float]:
-    """One optimizer step; a non-finite loss or gradient skips it.
+    """One optimizer step, and one of the learning rate's schedule; a non-finite loss or gradient skips both.
 
     part: this process's micro-batches. everyone: the update's trajectories of all processes, over which the token
     weights are normalised; betas: their entropy coefficients β_i [2603.13348, PAPERS B4], in the same order.
@@ -84,7 +84,7 @@ def update(
         with masked_tokens_have_no_gradient(model, mb.batch) if args.check else nullcontext():
             loss, stats = policy_loss(model, mb, per_row, args)
         loss.backward()
-        share = int(mb.batch.loss_mask.sum()) / tokens
+        share = sum(t.completion_tokens for t, (weight, _) in zip(mb.trajectories, per_row) if weight) / tokens
         totals["loss"] += loss.item()
         totals["kl"] += stats["kl"].sum().item() / tokens
         totals["clip_ratio/low_mean"] += float(stats["clip_low_frac"]) * share
@@ -96,10 +96,10 @@ def update(
     finite = math.isfinite(totals["loss"]) and math.isfinite(norm)
     if finite:
         optimizer.step()
+        scheduler.step()
     else:
         tqdm.write(f"skipped an update: loss {totals['loss']}, gradient norm {norm}")
         totals = {name: 0.0 for name in totals}
-    scheduler.step()
     optimizer.zero_grad()
     return {**totals, "grad_norm": norm if finite else 0.0, "skipped_updates": float(not finite)}
 
@@ -130,6 +130,7 @@ def policy_loss(model: torch.nn.Module, mb: MicroBatch, row_terms: list, args: A
         kl_coef=args.beta,
         entropy_coef=bonus[mask],
         temperature=args.temperature,
+        check=args.check,
     )
 
 

@@ -170,6 +170,21 @@ def test_report_and_rows_file(flags):
     assert len((Path(flags["results"]) / "rows.jsonl").read_text().splitlines()) == 3
 
 
+def test_running_one_claim_keeps_the_others_in_the_report(flags):
+    flags |= dict(seeds=1)
+    columns = dict(efficiency=[1, 1, 1, 1])
+    for name in ("et_beats_cap", "en_sparse_oracle"):
+        args = claims.Args(only=[name], **flags)
+        cells = cells_of({name: CLAIMS[name]}, args)
+        row_file(next(iter(cells.values())), args).parent.mkdir(parents=True, exist_ok=True)
+        for (variant, seed), cell in cells.items():
+            made = row(variant, seed, (1, 1, 1, 1), **columns) | {"digest": cell.digest}
+            row_file(cell, args).write_text(json.dumps(made))
+        assert list(claims.main(args)) == [name]
+    report = (Path(flags["results"]) / "report.md").read_text()
+    assert "## et_beats_cap" in report and "## en_sparse_oracle" in report and "## at_collapse" not in report
+
+
 # ---------------------------------------------------------------------------------------------------- scheduling
 
 

@@ -77,6 +77,20 @@ def test_shares_cover_every_item_once(monkeypatch):
         assert items == list(range(7))
 
 
+def test_without_any_gradient_the_optimizer_does_nothing_as_in_one_process():
+    """AdamW moves weights by its momentum on gradients of 0, and not where there are none."""
+    quiet, trained = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        distributed.sum_gradients([quiet, trained])
+        assert quiet.grad is None and trained.grad is None
+        trained.grad = torch.tensor([1.0, 2.0])
+        distributed.sum_gradients([quiet, trained])
+        assert quiet.grad.tolist() == [0.0, 0.0] and trained.grad.tolist() == [1.0, 2.0]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_two_processes_have_the_gradient_of_one(settings, tmp_path, port):
     """Five steps, each from the same adapter and the same trajectories: 1e-6 of the gradient's norm."""
     args = train_rl.Args(**settings)

@@ -24,7 +24,6 @@ import rollout
 import train_rl
 import train_sft
 import update
-from conversation import mode_tokens
 from data.questions import load_questions
 from data.world_tokenizer import build_tokenizer
 from losses import token_weights
@@ -179,6 +178,27 @@ def test_gradients_equal_plain_autograd_on_whole_logits(flags, loss_type, beta, 
     assert stats["clip_ratio/low_mean"] + stats["clip_ratio/high_mean"] > 0
 
 
+def test_clip_ratio_counts_tokens_that_are_trained_on(flags):
+    args = train_rl.Args(**flags, mask_truncated_completions=True)
+    model, (part,) = scored_step(args)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B.default" in name:
+                p.add_(0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    rows = [t for mb in part for t in mb.trajectories]
+    for k, t in enumerate(rows):
+        t.finish = ("eos", "length")[k % 2]
+    clipped = 0
+    for mb in part:
+        _, stats = update.policy_loss(model, mb, [(0.1, 0.0)] * len(mb.trajectories), args)
+        token = iter(stats["ratio"].tolist())
+        for t in mb.trajectories:
+            advantages = [(a, next(token)) for a, m in zip(t.advantage, t.loss_mask) if m]
+            clipped += sum(a > 0 and r > 1.2 for a, r in advantages) * (t.finish == "eos")
+    _, stats = gradient_of_update(model, part, args)
+    assert clipped and stats["clip_ratio/high_mean"] == pytest.approx(clipped / sum(t.completion_tokens for t in rows))
+
+
 def test_the_first_ratio_of_a_step_is_exactly_one(flags):
     args = train_rl.Args(**flags)
     model, (part,) = scored_step(args)
@@ -272,6 +292,7 @@ def test_zero_variance_groups_leave_the_normaliser_on_request(flags):
     assert close(skipped, doubled, 1e-5)  # half of the rows left the mean
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # torch warns of a schedule that goes on without its optimizer
 def test_non_finite_updates_are_skipped(flags, capsys):
     args = train_rl.Args(**flags)
     model, (part,) = scored_step(args)
@@ -369,8 +390,8 @@ def test_mode_metrics_by_hand():
 
 
 def test_tokens_that_decide_the_mode():
-    assert mode_tokens(byte_tokenizer()) == len("<think>\n") + 1
-    assert mode_tokens(build_tokenizer()) == 1
+    assert train_rl.mode_tokens(byte_tokenizer()) == len("<think>\n") + 1
+    assert train_rl.mode_tokens(build_tokenizer()) == 1
 
 
 def test_training_moves_the_policy_and_finished_runs_stay(flags, capsys):
@@ -527,6 +548,7 @@ def error_of(script, flags, monkeypatch, capsys):
         ({"model_name_or_path": "no/such/folder"}, "--model_name_or_path no/such/folder"),
         ({"task": "poetry"}, "--task.*'poetry'"),
         ({"reward": "entropy_dense"}, "--reward entropy_dense does not go with --advantage grpo"),
+        ({"reward": "entropy_sparse", "temperature": 0.8}, "reads entropies at --temperature 1, not 0.8"),
         ({**REFERENCE, "skip_zero_variance": True}, "--skip_zero_variance looks at whole trajectories"),
         ({"entropy_coef": 0.1}, "--entropy_coef 0.1 needs --entropy_regulariser constant"),
         ({"beta_long": 2}, r"--beta_long 2.0 must be in \[0, 1\]"),
