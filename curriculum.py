@@ -53,7 +53,7 @@ class Args(train_rl.Args):
 def main(args: Args) -> dict:
     """Run what is missing of every round; returns (and writes to result.json) what each has done."""
     if args.dry_run:  # the RL of a round needs more memory than its sampling
-        print(f"{args.rounds} rounds; samples of each for the selection: --select_generations {args.select_generations}")
+        print(f"{args.rounds} rounds; samples of each to select by: --select_generations {args.select_generations}")
         return train_rl.dry_run(args)
     run = start_run(args, (args.data,))
     if run.finished:
@@ -66,7 +66,8 @@ def main(args: Args) -> dict:
         chosen = select_questions(folder, policy, r, args)
         n = chosen["selected"]["n"]
         if n < args.questions_per_step:
-            result["ended"] = f"round {r}: {n} questions selected, fewer than --questions_per_step {args.questions_per_step}"
+            least = f"--questions_per_step {args.questions_per_step}"
+            result["ended"] = f"round {r}: {n} questions selected, fewer than {least}"
             if r == 1:
                 raise DataError(result["ended"])
             break  # the policy has too little left to learn from
@@ -124,7 +125,8 @@ def summary(result: dict) -> str:
         rows.append([row["round"], row["sigma_tool"], before["correctness"], before["calls"], *chosen.values()])
         rows[-1].append(row["rl"]["reward"])
     names = ["round", "σ_tool", "correctness before", "calls before", "selected", "correctness", "calls"]
-    lines = [table([*names, "S_corr", "S_tool", "reward after"], rows), result["ended"], f"adapter: {result['adapter']}"]
+    names += ["S_corr", "S_tool", "reward after"]
+    lines = [table(names, rows), result["ended"], f"adapter: {result['adapter']}"]
     return "\n".join(line for line in lines if line)
 
 

@@ -101,7 +101,7 @@ class Engine:
         return out.last_hidden_state
 
     def admit(self) -> None:
-        """Fill free slots from the queue; drafts with equal ids get copies of one prefill, a branch its parent's rows."""
+        """Fill free slots from the queue; drafts of equal ids get copies of one prefill, a branch its parent's rows."""
         room = self.args.rollout_batch_size - sum(slot is not None for slot in self.slots)
         members: dict[tuple, list[int]] = {}
         for i in [i for i, slot in enumerate(self.slots) if slot is None][: min(room, len(self.queue))]:

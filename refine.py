@@ -29,7 +29,7 @@ RefineName = Literal["epochs_low", "rollouts_low", "rollouts_high", "random"]
 
 
 class Probe(NamedTuple):
-    """Rewards of one question: a list of its samples' rewards for each epoch, and the share of samples that are right."""
+    """Rewards of one question: its samples' rewards, a list for each epoch, and the share of samples that are right."""
 
     question_id: str
     epochs: list[list[float]]

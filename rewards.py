@@ -82,7 +82,7 @@ def entropy_sparse(correctness: float, segment_entropies: list[float], margin: f
 def entropy_dense(
     correctness: float, segment_entropies: list[float], alpha: float = 0.5, margin: float = 0.0
 ) -> list[float]:
-    """r_k = S · (1 + α · I_k) of each call; [] without calls [2602.02050; PAPERS C3]. Arguments as in `entropy_sparse`."""
+    """r_k = S · (1 + α · I_k) of each call; [] without calls [2602.02050; PAPERS C3]. Arguments: `entropy_sparse`."""
     return dense(correctness, reducing(segment_entropies, margin), alpha)
 
 

@@ -1,6 +1,6 @@
 """The pilot of entropy reduction: whether ΔH tells needed calls from others, and right answers from wrong ones.
 
-    python -m eval.behaviour --entropy T.jsonl --output DIR [--model_name_or_path M] [--segment reasoning] [--delta_margin 0]
+    python -m eval.behaviour --entropy T.jsonl --output DIR [--model_name_or_path M] [--segment S] [--delta_margin 0]
 
 On a file of trajectories with token entropies (or with the model that computes them, at T = 1) [2602.02050; PAPERS C1]:
 share of entropy-reducing calls, ΔH by label, tool, correctness and family, AUC of −ΔH for "needed", correlations, each
@@ -63,7 +63,7 @@ def calls_of(
 
 
 def auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """P(score of a positive > score of a negative), ties count half; nan without both kinds. All (N,), scores finite."""
+    """P(score of a positive > that of a negative), ties count half; nan without both kinds. All (N,), scores finite."""
     positive = np.asarray(positive, dtype=bool)
     weights = np.ones(len(positive)) if weights is None else weights
     _, level = np.unique(scores, return_inverse=True)

@@ -8,7 +8,6 @@ fixed without a call, that the reasoning was. Writes hinted.jsonl (one line per 
 and `extra_calls` in its meta; a killed run goes on behind the last line) and result.json.
 """
 
-import json
 import random
 from collections import Counter
 from dataclasses import dataclass, replace

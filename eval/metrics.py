@@ -209,7 +209,7 @@ def successful_execution(correctness: Sequence[float], failures: Sequence[int]) 
 
 
 def acu(correctness: list[float], tokens: list[int], billion_parameters: float) -> float:
-    """Accuracy per unit of computation [2603.13348; PAPERS B5]: mean accuracy in points of 100 / (parameters · mean tokens).
+    """Accuracy per unit of computation [2603.13348; PAPERS B5]: accuracy in points of 100 / (parameters · mean tokens).
 
     Parameters in billions, model-written tokens in hundreds; 0 without tokens.
     """

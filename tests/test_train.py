@@ -30,7 +30,6 @@ from losses import token_weights
 from model import (
     add_reference,
     collate,
-    head_weight,
     hidden_of_targets,
     load_policy,
     packed,
