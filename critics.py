@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from conversation import Draft, encode, render_prompt
 from data.questions import Question
 from entropy import segment_entropies
-from eval.behaviour import duplicate_calls, unused_calls
+from eval.behaviour import call_labels, duplicate_calls, unused_calls
 from model import collate, token_stats
 from operators import Finding, Step, steps_of, thoughts_of
 from rollout import generate_turn, sampling_mode
@@ -54,11 +54,9 @@ def rule_critic(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a: A
 
 def _rule_redundant(t: Trajectory, steps: list[Step]) -> Finding | Refusal:
     """The first redundant call as eval.behaviour counts them: beyond the need or repeated (world), else also unused."""
-    duplicates, unused, need, executed = duplicate_calls(t), unused_calls(t), t.meta.get("min_tool_calls"), 0
-    for i, call in enumerate(t.tool_calls):
-        if i in duplicates or (i in unused if need is None else call.ok and executed >= need):
-            return _without_call(t, steps, i, known=i in duplicates or i in unused)
-        executed += call.ok
+    for i, label in enumerate(call_labels(t)):
+        if label in ("redundant", "repeated"):
+            return _without_call(t, steps, i, known=i in {*duplicate_calls(t), *unused_calls(t)})
     return "none"
 
 

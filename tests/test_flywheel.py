@@ -244,6 +244,16 @@ def test_rule_critic_names_the_first_call_beyond_the_need_or_repeated():
     assert rule("redundant_step", failed) == "none"  # only executed calls count
 
 
+def test_rule_critic_knows_a_rewording_that_the_noisy_index_made_necessary():
+    passages = {"author of x": "writer of y is bob", "x author": "author of x is ann"}
+    passages["x of author"] = passages["x author"]
+    toolbox = {"search": lambda query: ToolResult(passages[query], True, None, 0.0)}
+    turns = [f"<search>{query}</search>" for query in passages]
+    needed = sampled([*turns[:2], LAST], question(min_tool_calls=1), toolbox=toolbox)
+    assert rule("redundant_step", needed) == "none"
+    assert rule("redundant_step", sampled([*turns, LAST], question(min_tool_calls=1), toolbox=toolbox)).step == 2
+
+
 def test_rule_critic_leaks_nothing_of_a_removed_result():
     """The world says one call was too many, but what followed used its result: the step is sampled anew."""
     toolbox = {"search": lambda query: ToolResult("nobody" if "author" in query else "bob", True, None, 0.0)}
