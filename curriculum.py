@@ -44,6 +44,10 @@ class Args(train_rl.Args):
                 raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
         if (self.selector == "all") != (self.num_questions == 0) or self.num_questions < 0:
             raise ValueError(f"--num_questions {self.num_questions} does not go with --selector {self.selector}")
+        if 0 < self.num_questions < self.questions_per_step:
+            raise ValueError(
+                f"--num_questions {self.num_questions} is less than --questions_per_step {self.questions_per_step}"
+            )
         if self.resume_from_checkpoint:
             raise ValueError("--resume_from_checkpoint: a curriculum starts from --model_name_or_path")
         if distributed.count() > 1:

@@ -163,6 +163,7 @@ def test_flags(flags, monkeypatch):
         ({"rounds": 0}, "--rounds"),
         ({"selector": "all"}, "--num_questions 4 does not go with --selector all"),
         ({"num_questions": 0}, "--num_questions 0 does not go with --selector pareto"),
+        ({"num_questions": 3, "questions_per_step": 4}, "--num_questions 3 is less than --questions_per_step 4"),
         ({"resume_from_checkpoint": "x"}, "--resume_from_checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
