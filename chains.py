@@ -135,7 +135,8 @@ def autotool(job: Job) -> dict:
     """AutoTool on running sums [2603.13348; PAPERS B]: {"sums": {stage: {"all", "easy", "hard"}}}.
 
     think, no_think: the base in a forced mode. autotool: warm-up, refined data, asymmetric reward and the decoupled
-    constraint; unconstrained: without the constraint; no_warmup: from the base, without it either.
+    constraint; unrefined: on all training sums; unconstrained: without the constraint; no_warmup: from the base,
+    without it either.
     """
     base, train, held_out = job.base, job.questions("sums"), job.questions("sums-eval")
     probe = job.sample("sums-probe", base, held_out, mode="no_think", num_generations=8)
@@ -153,6 +154,7 @@ def autotool(job: Job) -> dict:
         "no_think": (base, "no_think"),
         "autotool_warmup": (warm, "auto"),
         "autotool": (job.rl("autotool", warm, refined, **rl, **constraint), "auto"),
+        "unrefined": (job.rl("autotool_unrefined", warm, train, **rl, **constraint), "auto"),
         "unconstrained": (job.rl("autotool_unconstrained", warm, refined, **rl), "auto"),
         "no_warmup": (job.rl("autotool_no_warmup", base, refined, **rl), "auto"),
     }
