@@ -69,6 +69,7 @@ class Args:
 def main(args: Args) -> dict[str, str]:
     """Run what is missing of the chosen claims, write rows and report; returns claim -> verdicts of its pairs."""
     if args.cell:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # how --max_minutes stops it; ignored behind `&`
         variant, _, seed = args.cell.partition("/")
         row = run_cell(plan_cell(variant, int(seed), args), args)
         print(json.dumps(row["metrics"], indent=1))

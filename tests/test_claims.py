@@ -208,16 +208,20 @@ def test_a_lock_keeps_others_out_and_ends(tmp_path):
 
 
 def test_time_limit_and_failures(flags, monkeypatch):
-    args = claims.Args(full=True, **flags, workers=2, max_minutes=0.02)
+    args = claims.Args(full=True, **flags, workers=2, max_minutes=0.05)
     cells = [plan_cell("rl_et", s, args) for s in range(3)]
-    stopped = "import signal, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open({!r}, 'w').write('x')"
+    stopped = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell may have it ignored
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: open({!r}, 'w').write('x')"
+    )
     marks = [Path(flags["base"]) / f"mark{k}" for k in range(2)]
     made = iter(marks)
     monkeypatch.setattr(
         claims, "start", lambda cell, args: subprocess.Popen([sys.executable, "-c", stopped.format(str(next(made)))])
     )
-    started = time.monotonic()
-    assert run_missing(cells, args) == [] and time.monotonic() - started < 40
+    assert run_missing(cells, args) == []
     assert all(mark.exists() for mark in marks)  # both were running, and stopped as by Ctrl-C
     codes = iter((0, 3, 0))
     monkeypatch.setattr(claims, "start", lambda cell, args: subprocess.Popen(["sh", "-c", f"exit {next(codes)}"]))
