@@ -2,7 +2,8 @@
 # Everything that needs a GPU, in one call on a machine with torch, Triton, transformers and peft installed: versions,
 # kernel tests, kernel benchmark, rollout and training step on the 7B shape with random weights (4-bit if bitsandbytes
 # is there, else bf16). Each part has its own time limit, and what it measured until then stays in OUTPUT_FOLDER.
-# Usage: ./gpu.sh OUTPUT_FOLDER [PART…]; parts: tests kernels step rollout, all by default (PYTHON=… names the interpreter)
+# Usage: ./gpu.sh OUTPUT_FOLDER [PART…]; parts: tests kernels step rollout, all by default.
+# PYTHON=… names the interpreter, SHAPE=… another shape (data/tiny runs the last two parts on a CPU).
 set -uo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3} out=${1:?usage: ./gpu.sh OUTPUT_FOLDER [PART…]}
