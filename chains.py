@@ -126,9 +126,15 @@ def et_agent_whole(job: Job) -> dict:
     own = dict(model_name_or_path=models["rft"], data=train, limit=args.select_questions, seed=job.seed)
     own |= dict(num_questions=args.select_questions // 2, select_generations=8, rounds=ROUNDS)
     own |= dict(sigma_tool=args.sigma_tool, sigma_length=args.sigma_length, max_steps=args.round_steps)
-    curriculum.main(curriculum.Args(**job.shared | own, output_dir=str(folder)))
-    models |= {f"rl_round_{r}": str(folder / f"round-{r}" / "rl") for r in range(1, ROUNDS + 1)}
+    done = len(curriculum.main(curriculum.Args(**job.shared | own, output_dir=str(folder)))["rounds"])
+    for r in range(1, ROUNDS + 1):  # a round with too little left to learn ends the curriculum: the policy stays
+        models[f"rl_round_{r}"] = round_folder(job, min(r, done))
     return {"stages": {stage: job.measured(stage, model) for stage, model in models.items()}}
+
+
+def round_folder(job: Job, r: int) -> str:
+    """The adapter that a round of the curriculum has left."""
+    return str(job.folder / "curriculum" / f"round-{r}" / "rl")
 
 
 def autotool(job: Job) -> dict:
@@ -209,7 +215,8 @@ def analyses(job: Job) -> dict:
     own = dict(model_name_or_path=job.base, trajectories=files, output=str(folder), limit=200, threads=job.args.threads)
     action_space.main(action_space.Args(**own))
     sets = {}
-    for stage, model in (("base", job.base), (last, str(job.folder / "curriculum" / f"round-{ROUNDS}" / "rl"))):
+    rounds = len(list((job.folder / "curriculum").glob("round-*/rl")))
+    for stage, model in (("base", job.base), (last, round_folder(job, rounds))):
         own = dict(model_name_or_path=model, trajectories=sampled[stage], output_dir=str(job.folder / f"{stage}-hints"))
         sets[stage] = insufficiency.main(insufficiency.Args(**job.shared | own, seed=job.seed))["sets"]["all"]
     columns = ("wrong", "fixed", "insufficient", "mean_extra_calls")
