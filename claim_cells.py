@@ -85,7 +85,7 @@ def _job(name: str, script: str, declared: dict, model: str, names: dict, args: 
     cls = importlib.import_module(script).Args
     known, noise = {f.name for f in fields(cls)}, float(names["noise"])
     shared = {"model_name_or_path": model, "data": names["train"], "index": names["index"], "search_top_k": 1,
-              "noise": noise, "noise_seed": names["seed"], "seed": names["seed"], "threads": 1,
+              "noise": noise, "noise_seed": names["seed"], "seed": names["seed"], "threads": 1, "engine": "fast",
               "max_completion_length": 256, "python_timeout": 60.0, "max_tool_seconds": 600.0}  # fmt: skip
     flags = {k: v for k, v in shared.items() if k in known}
     flags |= {k: _filled(v, names) for k, v in declared.items()}
@@ -216,7 +216,8 @@ def prepare_world(cell: Cell, args: Any) -> None:
 
 def probe(data: str, output: str, args: Any) -> None:
     """PROBES samples of the base without thinking for every question of a file."""
-    flags = {"model_name_or_path": args.base, "data": data, "output": output, "mode": "no_think", "threads": 1}
+    flags = {"model_name_or_path": args.base, "data": data, "output": output, "mode": "no_think", "threads": 1,
+             "engine": "fast"}  # fmt: skip
     rollout.main(rollout.Args(**flags, num_generations=PROBES, max_completion_length=256))
 
 
