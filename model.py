@@ -56,7 +56,8 @@ class ModelArgs:
         if not self.model_name_or_path:
             raise ValueError("--model_name_or_path is required")
         if self.dtype == "auto":  # resolved here: transformers would stumble over "auto" beside an adapter's files
-            self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # device() would take GPU 0 for all
+            gpu = torch.cuda.is_available() or getattr(self, "dry_run_gb", 0)  # device() would take GPU 0 for all
+            self.dtype = "bfloat16" if gpu else "float32"
         if self.lora_r < 1:
             raise ValueError(f"--lora_r must be at least 1, not {self.lora_r}")
         if "lm_head" in self.lora_target_modules:

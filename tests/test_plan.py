@@ -346,3 +346,9 @@ def test_the_flag_ends_in_exit_code_2(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         common.cli(train_sft.main, train_sft.Args)
     assert end.value.code == 2 and "flags that help" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_gpu_takes_the_precision_of_a_gpu(tmp_path):
+    flags = dict(model_name_or_path="Qwen/Qwen2.5-7B", data="q.jsonl", output_dir=str(tmp_path))
+    assert train_rl.Args(**flags, dry_run_gb=24).dtype == "bfloat16"
+    assert train_rl.Args(**flags, dry_run_gb=24, dtype="float32").dtype == "float32"
