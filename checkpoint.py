@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from model import load_adapter, save_adapter
@@ -21,7 +20,7 @@ from trajectory import DataError
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    model: PeftModel,
+    model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
@@ -49,7 +48,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def resume(
-    run_dir: Path, asked_for: str, model: PeftModel, optimizer: torch.optim.Optimizer, scheduler: Any
+    run_dir: Path, asked_for: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> tuple[int, dict]:
     """Load the run's newest checkpoint, else the one named by --resume_from_checkpoint; (finished steps, state).
 

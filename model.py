@@ -24,6 +24,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    get_scheduler,
 )
 
 import kernels
@@ -67,6 +68,13 @@ class ModelArgs:
 def device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def schedule(
+    optimizer: torch.optim.Optimizer, name: str, warmup_ratio: float, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A transformers schedule by name over `steps` optimizer steps."""
+    return get_scheduler(name, optimizer, int(warmup_ratio * steps), steps)
 
 
 def adamw(model: torch.nn.Module, name: OptimizerName, lr: float, weight_decay: float) -> torch.optim.Optimizer:

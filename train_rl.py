@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Literal
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 import distributed
 import plan
@@ -57,6 +57,7 @@ from model import (
     enable_checkpointing,
     load_policy,
     save_adapter,
+    schedule,
 )
 from plan import PlanArgs
 from rewards import REWARDS, Indicator, RewardName
@@ -226,7 +227,7 @@ def train(args: Args) -> dict:
         enable_checkpointing(model)
     optimizer = adamw(model, args.optimizer, args.learning_rate, args.weight_decay)
     updates = args.max_steps * args.num_iterations * args.updates_per_batch
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, int(args.warmup_ratio * updates), updates)
+    scheduler = schedule(optimizer, args.lr_scheduler_type, args.warmup_ratio, updates)
     first, state = resume(run.dir, args.resume_from_checkpoint, model, optimizer, scheduler)
     run.forget_after(first)
     metrics = state.get("metrics", {})

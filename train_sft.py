@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 import distributed
 import memory
@@ -37,6 +37,7 @@ from model import (
     load_policy,
     packed,
     save_adapter,
+    schedule,
     token_stats,
 )
 from plan import PlanArgs
@@ -104,7 +105,7 @@ def train(args: Args) -> dict:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     optimizer = adamw(model, args.optimizer, args.learning_rate, args.weight_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, int(args.warmup_ratio * steps), steps)
+    scheduler = schedule(optimizer, args.lr_scheduler_type, args.warmup_ratio, steps)
     first, state = resume(run.dir, args.resume_from_checkpoint, model, optimizer, scheduler)
     run.forget_after(first)
     losses = state.get("losses", [])
