@@ -30,7 +30,16 @@ from transformers import PreTrainedTokenizerBase
 from branching import OPENING, entropy_share, note_segment
 from conversation import Draft, RolloutArgs, ToolBox
 from model import causal_lm, sampling_mode
-from rollout import closes_tag, closing_tokens, collect_results, eos_ids, gumbel_noise, score_processors, submit_calls
+from rollout import (
+    closes_tag,
+    closing_tokens,
+    collect_results,
+    end_if_spent,
+    eos_ids,
+    gumbel_noise,
+    score_processors,
+    submit_calls,
+)
 from slot_cache import WIDTH, Group, SlotCache, causal_mask, round_up, slot_attention, slot_plan
 from tools.parse import STOPS
 
@@ -86,8 +95,7 @@ class Engine:
 
     def enqueue(self, draft: Draft) -> None:
         """Put a draft into the queue, unless it is finished or has no budget left."""
-        if draft.response_len >= self.args.max_completion_length:
-            draft.finish = draft.finish or "length"
+        end_if_spent(draft, self.args)
         if draft.finish is None:
             self.queue.append(draft)
             if draft.cache is None:
@@ -231,8 +239,7 @@ class Engine:
     def go_on(self, i: int) -> None:
         """Next turn of a slot, or free it if its draft is finished or has no budget left."""
         draft, self.turned = self.slots[i].draft, True
-        if draft.response_len >= self.args.max_completion_length:
-            draft.finish = draft.finish or "length"
+        end_if_spent(draft, self.args)
         if draft.finish is not None:
             self.slots[i] = None
 

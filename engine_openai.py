@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from common import seed_of
 from conversation import Draft, RolloutArgs, ToolBox, encode
 from model import load_tokenizer
-from rollout import Pending, closing_tokens, collect_results, eos_ids, submit_calls, turn_length
+from rollout import Pending, closing_tokens, collect_results, end_if_spent, eos_ids, submit_calls, turn_length
 from tools.client import ServerError, request_json
 from tools.parse import STOPS
 from trajectory import DataError
@@ -64,9 +64,8 @@ def complete(
         while queue or asked or called:
             while queue and len(asked) + len(called) < args.rollout_batch_size:
                 d = queue.popleft()
-                if d.response_len >= args.max_completion_length:
-                    d.finish = "length"
-                else:
+                end_if_spent(d, args)
+                if d.finish is None:
                     asked[pool.submit(ask, server, request_of(d, server, tokenizer, args))] = d
             wait([*asked, *(f for _, fs in called for f in fs if not f.done())], return_when=FIRST_COMPLETED)
             for future in [f for f in asked if f.done()]:

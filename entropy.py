@@ -42,6 +42,16 @@ def call_turns(t: Trajectory) -> list[Turn]:
     return [turn for turn in turns_of(t) if turn.closed]
 
 
+def calls_by_turn(t: Trajectory) -> list[slice]:
+    """Where in `tool_calls` the calls of each of `call_turns` stand."""
+    slices, at = [], 0
+    for turn in call_turns(t):
+        n = max(sum(s.kind == "tool_call" and turn.start <= s.start < turn.end for s in t.spans), 1)
+        slices.append(slice(at, at + n))
+        at += n
+    return slices
+
+
 def segment_entropies(t: Trajectory, segment: Segment = "reasoning", entropy: list[float] | None = None) -> list[float]:
     """H(r_0) … H(r_n): mean token entropy of each segment, model-written tokens only; nan where it has none.
 

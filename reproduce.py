@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -89,7 +90,8 @@ def main(args: Args) -> dict:
     index = out / "index"
     if not index.exists():
         world.main(["--index", str(index), "--preset", args.preset])
-    jobs = [Job(out / f"seed-{seed}", base, str(index), seed, args) for seed in range(args.seed, args.seed + args.seeds)]
+    seeds = range(args.seed, args.seed + args.seeds)
+    jobs = [Job(out / f"seed-{seed}", base, str(index), seed, args) for seed in seeds]
     per_seed = run_chains(jobs, args.workers)
     metrics = combine(per_seed)
     write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
@@ -102,7 +104,7 @@ def main(args: Args) -> dict:
         "redundant, insufficient, conciseness: shares of trajectories; failed, redundant_calls: shares of calls; "
         "calls, tokens: means per trajectory; definitions in eval/behaviour.py",
     ]
-    runs = {stage: [out / f"seed-{args.seed + k}" / stage for k in range(args.seeds)] for stage in CURVES}
+    runs = {stage: [out / f"seed-{seed}" / stage for seed in seeds] for stage in CURVES}
     report = write_report(out, metrics, runs, notes)
     run.finish({"report": str(report)})
     print(tables(metrics), f"\nreport: {report}", sep="\n")
@@ -117,16 +119,16 @@ def run_chains(jobs: list[Job], workers: int) -> list[dict]:
     for job in jobs:
         for part in QUESTIONS:
             job.questions(part)
-    tasks = [(job, name) for job in jobs for name in CHAINS]
+    tasks = [(job, name, chain) for job in jobs for name, chain in CHAINS.items()]
     results: dict[tuple, dict] = {}
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
-        futures = {pool.submit(run_chain, job, name): (job.seed, name) for job, name in tasks}
+        futures = {pool.submit(run_chain, *task): (task[0].seed, task[1]) for task in tasks}
         print(f"{len(tasks)} chains, {workers} at once; what each does: tail -f {jobs[0].folder}/*.log")
         bar = tqdm(as_completed(futures), total=len(tasks), desc="reproduce", unit="chain")
         for future in bar:
             results[futures[future]] = future.result()
             bar.set_postfix(done="/".join(map(str, futures[future])))
-        pool.submit(run_chain, jobs[0], "analyses").result()
+        pool.submit(run_chain, jobs[0], "analyses", analyses).result()
     merged = []
     for job in jobs:
         parts = [results[job.seed, name] for name in CHAINS]
@@ -139,12 +141,12 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def run_chain(job: Job, name: str) -> dict:
-    """One chain in this process, its output in a log file; returns {"stages": …} or {"sums": …}."""
+def run_chain(job: Job, name: str, chain: Callable[[Job], dict]) -> dict:
+    """One chain in this process, its output in the log file of that name; returns what the chain does."""
     with open(job.folder / f"{name}.log", "a", buffering=1) as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-    return analyses(job) if name == "analyses" else CHAINS[name](job)
+    return chain(job)
 
 
 def combine(per_seed: list[dict]) -> dict:

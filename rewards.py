@@ -10,7 +10,7 @@ import random
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
-from entropy import call_turns, reducing, segment_entropies
+from entropy import calls_by_turn, reducing, segment_entropies
 from eval.behaviour import CORRECT, call_labels
 from trajectory import Trajectory
 
@@ -121,12 +121,8 @@ def call_indicators(group: list[Trajectory], a: Any) -> list[list[bool]]:
 
 
 def _needed(t: Trajectory) -> list[bool]:
-    labels, at, needed = call_labels(t), 0, []
-    for turn in call_turns(t):
-        calls = max(sum(s.kind == "tool_call" and turn.start <= s.start < turn.end for s in t.spans), 1)
-        needed.append("needed" in labels[at : at + calls])
-        at += calls
-    return needed
+    labels = call_labels(t)
+    return ["needed" in labels[calls] for calls in calls_by_turn(t)]
 
 
 # ---------------------------------------------------------------------------------------------------- adapters

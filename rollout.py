@@ -213,6 +213,12 @@ def turn_length(
     return len(new_ids), False
 
 
+def end_if_spent(d: Draft, args: RolloutArgs) -> None:
+    """Finish a draft that has no token of its budget left."""
+    if d.response_len >= args.max_completion_length:
+        d.finish = d.finish or "length"
+
+
 Pending = list[tuple[Draft, list[Future]]]  # drafts whose tool calls are running
 
 
@@ -304,8 +310,7 @@ def complete(
             live, pending = batches.popleft()
             collect_results(pending, args, tokenizer)
             for d in live:
-                if d.response_len >= args.max_completion_length:
-                    d.finish = d.finish or "length"
+                end_if_spent(d, args)
             live = [d for d in live if d.finish is None]
             if live:
                 generate_turn(model, tokenizer, live, args)

@@ -284,11 +284,12 @@ def train(args: Args) -> dict:
 
             # ------------------------------------------------------------------------------------ log, save
             groups = groups_of(everyone)
+            counted = rollout_metrics(groups)
             metrics = {
-                **rollout_metrics(groups),
+                **counted,
                 **mode_metrics(everyone, opening),
                 **(sampler_mismatch(everyone) if args.check else {}),
-                "entropy_alarm": float(entropy_alarm(everyone, metrics, args)),
+                "entropy_alarm": float(entropy_alarm(counted["entropy"], metrics, args)),
                 "beta_long": constraint.beta_long,
                 **{name: fmean(s[name] for s in stats) for name in stats[0]},
                 "learning_rate": scheduler.get_last_lr()[0],
@@ -404,9 +405,8 @@ def mode_metrics(trajectories: list[Trajectory], opening: int) -> dict[str, floa
     return metrics
 
 
-def entropy_alarm(trajectories: list[Trajectory], before: dict, args: Args) -> bool:
-    """Whether the mean token entropy is outside `--entropy_band`; says so when it was inside in the step before."""
-    mean = sum(sum(t.entropy) for t in trajectories) / max(sum(t.completion_tokens for t in trajectories), 1)
+def entropy_alarm(mean: float, before: dict, args: Args) -> bool:
+    """Whether the step's token entropy is outside `--entropy_band`; says so when it was inside in the step before."""
     low, high = args.entropy_band
     alarm = not low <= mean <= high
     if alarm and not before.get("entropy_alarm"):

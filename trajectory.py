@@ -105,6 +105,11 @@ class Trajectory:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {get_args(allowed)}")
 
     @property
+    def family(self) -> str:
+        """What evaluations group by: the family that the question's row names, else its task."""
+        return str(self.meta.get("family", self.task))
+
+    @property
     def n_calls(self) -> int:
         """Closed tool calls, whatever came back (result, error, refusal); an unclosed call is not counted."""
         return sum(call.error != UNCLOSED for call in self.tool_calls)

@@ -48,7 +48,7 @@ def micro_batches(part: list[Trajectory], model: torch.nn.Module, pad_id: int, a
             with use_reference(model):
                 logp, entropy = token_stats(model, batch, args.temperature)  # (B, T)
             ref_logp = logp[batch.loss_mask] if args.beta > 0 else None  # (N,)
-            for t, entropies in zip(rows, entropy.tolist()):
+            for t, entropies in zip(rows, entropy.tolist()) if args.indicator == "reference" else ():
                 t.ref_entropy = entropies[: len(t.token_ids)]
         result.append(MicroBatch(rows, batch, ref_logp))
     return result

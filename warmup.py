@@ -57,7 +57,7 @@ def main(args: Args) -> list[Trajectory]:
     for question_id, t in first.items():
         row = label(short[question_id], long[question_id], args.label_rule)
         rows += [as_demonstration(row)] if row else []
-        for family in ("all", str(t.meta.get("family", t.task))):
+        for family in ("all", t.family):
             per_family.setdefault(family, []).append((row, short[question_id], long[question_id]))
     save_trajectories(out / "sft.jsonl", rows)
     statistics = {family: _statistics(found) for family, found in per_family.items()}

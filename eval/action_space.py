@@ -71,8 +71,7 @@ def main(args: Args) -> dict:
 
 
 def _record(t: Trajectory, x: float, y: float) -> dict:
-    kind = str(t.meta.get("family", t.task))
-    return {"id": t.question_id, "sample_idx": t.sample_idx, "family": kind, "calls": t.n_calls, "x": x, "y": y}
+    return {"id": t.question_id, "sample_idx": t.sample_idx, "family": t.family, "calls": t.n_calls, "x": x, "y": y}
 
 
 def embeddings(

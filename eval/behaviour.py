@@ -235,7 +235,7 @@ def report(trajectories: list[Trajectory]) -> dict:
     scores = {id(t): score(t)[0] for t in trajectories}
     sets = {"all": trajectories}
     for t in trajectories:
-        sets.setdefault(str(t.meta.get("family", t.task)), []).append(t)
+        sets.setdefault(t.family, []).append(t)
     table = {}
     for name, members in sets.items():
         graded = [scores[id(t)] for t in members]

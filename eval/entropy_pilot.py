@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from common import table, write_text
-from entropy import DeltaForm, Segment, call_turns, entropy_changes, reducing, segment_entropies
+from entropy import DeltaForm, Segment, calls_by_turn, entropy_changes, reducing, segment_entropies
 from eval.behaviour import CORRECT, call_labels
 from trajectory import DataError, Trajectory
 
@@ -49,13 +49,12 @@ def calls_of(
     """Every call of the trajectories; several calls in one turn are one, labelled and named by the first."""
     calls = []
     for t, s in zip(trajectories, correctness, strict=True):
-        entropies, labels, at = segment_entropies(t, segment), call_labels(t), 0
+        entropies, labels = segment_entropies(t, segment), call_labels(t)
         changes, indicators = entropy_changes(entropies, form), reducing(entropies, margin, form)
-        for turn, before, change, reduces in zip(call_turns(t), entropies, changes, indicators):
-            answer, family = "right" if s > CORRECT else "wrong", str(t.meta.get("family", t.task))
-            name = t.tool_calls[at].name
-            calls.append(Call(t.question_id, before, change, reduces, labels[at], name, answer, family))
-            at += max(sum(span.kind == "tool_call" and turn.start <= span.start < turn.end for span in t.spans), 1)
+        answer = "right" if s > CORRECT else "wrong"
+        for found, before, change, reduces in zip(calls_by_turn(t), entropies, changes, indicators):
+            label, name = labels[found.start], t.tool_calls[found.start].name
+            calls.append(Call(t.question_id, before, change, reduces, label, name, answer, t.family))
     return calls
 
 

@@ -70,7 +70,7 @@ def evaluate(trajectories: list[Trajectory], billion_parameters: float = 0.0) ->
     families: dict[str, list] = {}
     subsets: dict[str, list] = {}
     for row in scored:
-        family = str(row[0].meta.get("family", row[0].task))
+        family = row[0].family
         families.setdefault(family, []).append(row)
         if "terms" in row[0].meta:
             subsets.setdefault(f"{family}, {row[0].meta['terms']} terms", []).append(row)

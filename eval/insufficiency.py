@@ -75,7 +75,7 @@ def main(args: Args) -> dict:
         bar.close()
     sets: dict[str, list[Trajectory]] = {"all": done}
     for t in done:
-        sets.setdefault(str(t.meta.get("family", t.task)), []).append(t)
+        sets.setdefault(t.family, []).append(t)
     result = {"trajectories": len(trajectories), "sets": {name: measure(members) for name, members in sets.items()}}
     run.finish(result)
     print(summary(result))
