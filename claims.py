@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from claim_cells import Cell, plan_cell, row_file, run_cell
 from claim_list import CLAIMS, EVALUATION_MINUTES, VARIANTS, Claim
-from common import arg, cli, table, write_text
+from common import arg, cli, require_positive, table, write_text
 from eval.intervals import Interval, paired_interval, verdict
 from trajectory import DataError, read_jsonl, write_jsonl
 
@@ -61,9 +61,7 @@ class Args:
             raise ValueError(f"--cell {self.cell!r} is not VARIANT/SEED with a variant of claim_list.py")
         if not (self.only or self.full or self.list or self.cell):
             raise ValueError("choose what to run: --full, --only CLAIM … or --cell VARIANT/SEED; or --list")
-        for name in ("workers", "seeds", "train_questions", "eval_questions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        require_positive(self, "workers", "seeds", "train_questions", "eval_questions")
 
 
 def main(args: Args) -> dict[str, str]:

@@ -41,6 +41,13 @@ def arg(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def require_positive(args: Any, *flags: str) -> None:
+    """ValueError that names the first of these flags that is less than 1."""
+    for flag in flags:
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+
+
 @dataclass
 class RunArgs:
     """Flags that every script has."""
@@ -53,8 +60,7 @@ class RunArgs:
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("--output_dir is required")
-        if self.threads < 1:
-            raise ValueError(f"--threads must be at least 1, not {self.threads}")
+        require_positive(self, "threads")
 
 
 def parse_args(cls: type[A], argv: list[str] | None = None) -> A:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from common import arg, seed_of
+from common import arg, require_positive, seed_of
 from data.questions import Question
 from data.world_noise import NoisyIndex
 from tools.parse import escape_result, parse_calls, render_result, spans_of
@@ -88,9 +88,7 @@ class RolloutArgs:
     tool_workers: int = arg(2, "tool calls run at once")
 
     def __post_init__(self):
-        for name in ("num_generations", "max_completion_length", "rollout_batch_size", "tool_workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        require_positive(self, "num_generations", "max_completion_length", "rollout_batch_size", "tool_workers")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature must be a finite number >= 0, not {self.temperature}")
         if not 0 < self.top_p <= 1:

@@ -19,7 +19,7 @@ import distributed
 import rollout
 import selection
 import train_rl
-from common import arg, cli, seed_of, start_run, table
+from common import arg, cli, require_positive, seed_of, start_run, table
 from selection import SelectorName
 from trajectory import DataError
 
@@ -39,9 +39,7 @@ class Args(train_rl.Args):
 
     def __post_init__(self):
         super().__post_init__()
-        for flag in ("rounds", "select_generations"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
+        require_positive(self, "rounds", "select_generations")
         if (self.selector == "all") != (self.num_questions == 0) or self.num_questions < 0:
             raise ValueError(f"--num_questions {self.num_questions} does not go with --selector {self.selector}")
         if 0 < self.num_questions < self.questions_per_step:

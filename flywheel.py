@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import plan
-from common import RunArgs, arg, cli, seed_of, start_run, table
+from common import RunArgs, arg, cli, require_positive, seed_of, start_run, table
 from conversation import Draft, RolloutArgs, ToolBox, check_prompts, open_tools, start_draft, to_trajectory, turn_text
 from critics import CRITICS, CriticName
 from data.questions import Question, load_questions
@@ -76,9 +76,7 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
         RolloutArgs.__post_init__(self)
         if not self.data:
             raise ValueError("--data is required")
-        for flag in ("max_per_question", "critic_max_tokens", "critic_batch_size", "rft_per_question"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
+        require_positive(self, "max_per_question", "critic_max_tokens", "critic_batch_size", "rft_per_question")
         if self.rounds < 0 or self.extra_calls < 0:
             raise ValueError(f"--rounds {self.rounds} and --extra_calls {self.extra_calls} must not be negative")
         if unknown := [name for name in self.operators if name not in OPERATORS]:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import kernels
-from common import arg
+from common import arg, require_positive
 from kernels.checks import check_lm_head
 from trajectory import DataError, Trajectory
 
@@ -59,8 +59,7 @@ class ModelArgs:
         if self.dtype == "auto":  # resolved here: transformers would stumble over "auto" beside an adapter's files
             gpu = torch.cuda.is_available() or getattr(self, "dry_run_gb", 0)  # device() would take GPU 0 for all
             self.dtype = "bfloat16" if gpu else "float32"
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r must be at least 1, not {self.lora_r}")
+        require_positive(self, "lora_r")
         if "lm_head" in self.lora_target_modules:
             raise ValueError("--lora_target_modules lm_head: the lm_head stays frozen, the fused kernels need it")
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from common import arg, cli, seed_of, table, write_text
+from common import arg, cli, require_positive, seed_of, table, write_text
 from data.questions import Question, load_questions
 from eval.behaviour import CORRECT
 from eval.grader import score
@@ -93,8 +93,7 @@ class Args:
     def __post_init__(self):
         if not (self.trajectories and self.data and self.output):
             raise ValueError("--trajectories, --data and --output are required")
-        if self.num_questions < 1:
-            raise ValueError(f"--num_questions must be at least 1, not {self.num_questions}")
+        require_positive(self, "num_questions")
         if self.refine == "epochs_low" and len(self.trajectories) < 2:
             raise ValueError("--refine epochs_low needs the --trajectories of two epochs at least")
 

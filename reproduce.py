@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import claims
 from chains import CHAINS, QUESTIONS, STAGES, Job, analyses
-from common import RunArgs, arg, cli, start_run, write_text
+from common import RunArgs, arg, cli, require_positive, start_run, write_text
 from data import world
 from eval.evaluate import COLUMNS, metrics_table
 from eval.report import sums_table, write_report
@@ -66,9 +66,7 @@ class Args(RunArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        for flag in ("seeds", "workers"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
+        require_positive(self, "seeds", "workers")
         if self.quick:
             self.train_questions, self.eval_questions, self.max_steps = 240, 120, 6
             self.round_steps, self.evolve_questions, self.select_questions, self.sum_questions = 3, 24, 36, 60

@@ -28,7 +28,7 @@ import distributed
 import plan
 from branching import tokens_saved
 from checkpoint import resume, save_checkpoint
-from common import Run, RunArgs, arg, cli, shuffled, start_run
+from common import Run, RunArgs, arg, cli, require_positive, shuffled, start_run
 from conversation import NO_THINK, RolloutArgs, check_prompts, encode, open_tools
 from data.questions import load_questions
 from entropy import DeltaForm, Segment, mean_entropy
@@ -148,9 +148,7 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
             raise ValueError("--engine openai: RL samples from the policy it trains; use hf or fast")
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: RL needs a positive temperature")
-        for flag in ("questions_per_step", "updates_per_batch", "num_iterations", "max_steps", "save_steps"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
+        require_positive(self, "questions_per_step", "updates_per_batch", "num_iterations", "max_steps", "save_steps")
         if len(self.entropy_band) != 2 or not self.entropy_band[0] < self.entropy_band[1]:
             raise ValueError(f"--entropy_band takes LOW HIGH, not {self.entropy_band}")
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high

@@ -24,7 +24,7 @@ import distributed
 import memory
 import plan
 from checkpoint import resume, save_checkpoint
-from common import RunArgs, arg, cli, shuffled, start_run
+from common import RunArgs, arg, cli, require_positive, shuffled, start_run
 from conversation import Draft, RolloutArgs, dialect_of, encode, render_prompt, result_text, to_trajectory
 from data.questions import Question, question_of
 from model import (
@@ -74,9 +74,7 @@ class Args(ModelArgs, PlanArgs, RunArgs):
         ModelArgs.__post_init__(self)
         if not self.data:
             raise ValueError("--data is required")
-        for flag in ("per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "max_length"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
+        require_positive(self, "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "max_length")
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise ValueError(f"--num_train_epochs must be positive, not {self.num_train_epochs}")
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from common import arg, cli, shuffled, write_text
+from common import arg, cli, require_positive, shuffled, write_text
 from data.questions import read_rows
 from tools.search import SearchIndex, read_passages, render
 from trajectory import DataError, write_jsonl
@@ -50,8 +50,7 @@ class Args:
                 raise ValueError(f"--{name} is required")
         if not self.output and not self.questions:
             raise ValueError("nothing to write: give --output, --questions or both")
-        if self.num_questions < 1:
-            raise ValueError(f"--num_questions must be at least 1, not {self.num_questions}")
+        require_positive(self, "num_questions")
 
 
 def main(args: Args) -> dict:

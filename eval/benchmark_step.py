@@ -48,7 +48,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, Qwen2Config, get_scheduler
 
 import train_rl
-from common import arg, cli, environment, table, write_text
+from common import arg, cli, environment, require_positive, table, write_text
 from eval.benchmark_rollout import word_tokenizer
 from eval.random_model import random_base, shape_config
 from memory import decoder_of, training
@@ -99,9 +99,7 @@ class Args:
             raise ValueError(
                 f"--max_tokens_per_micro_batch {self.max_tokens_per_micro_batch} is less than a trajectory of {longest}"
             )
-        for flag in ("trajectories", "repeats", "threads"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
+        require_positive(self, "trajectories", "repeats", "threads")
         if (self.load_in_4bit or self.optimizer == "adamw_8bit") and not importlib.util.find_spec("bitsandbytes"):
             raise ValueError("--load_in_4bit and --optimizer adamw_8bit need bitsandbytes, which is not installed")
 

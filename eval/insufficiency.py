@@ -2,8 +2,8 @@
 
     python -m eval.insufficiency --model_name_or_path M --trajectories T.jsonl --index DIR --output_dir out/hints
 
-Every wrong trajectory is cut just before its answer, given a hint that asks for another tool call, and sampled on; while
-it stays wrong it gets another hint, up to `--hints`. Fixed by one call or more means that calls were insufficient;
+Every wrong trajectory is cut just before its answer, given a hint that asks for another tool call, and sampled on;
+while it stays wrong it gets another hint, up to `--hints`. Fixed by one call or more means that calls were insufficient;
 fixed without a call, that the reasoning was. Writes hinted.jsonl (one line per wrong trajectory, in order, with `hints`
 and `extra_calls` in its meta; a killed run goes on behind the last line) and result.json.
 """
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from common import RunArgs, arg, cli, seed_of, start_run, table
+from common import RunArgs, arg, cli, require_positive, seed_of, start_run, table
 from conversation import RolloutArgs, ToolBox, open_tools, to_trajectory
 from data.questions import Question
 from eval.behaviour import CORRECT
@@ -41,8 +41,7 @@ class Args(RolloutArgs, ModelArgs, RunArgs):
         RolloutArgs.__post_init__(self)
         if not self.trajectories:
             raise ValueError("--trajectories is required")
-        if self.hints < 1:
-            raise ValueError(f"--hints must be at least 1, not {self.hints}")
+        require_positive(self, "hints")
         if self.branching != "none":
             raise ValueError(f"--branching {self.branching}: a hinted trajectory goes on as one")
 
