@@ -86,7 +86,8 @@ def _job(name: str, script: str, declared: dict, model: str, names: dict, args: 
     known, noise = {f.name for f in fields(cls)}, float(names["noise"])
     shared = {"model_name_or_path": model, "data": names["train"], "index": names["index"], "search_top_k": 1,
               "noise": noise, "noise_seed": names["seed"], "seed": names["seed"], "threads": 1, "engine": "fast",
-              "max_completion_length": 256, "python_timeout": 60.0, "max_tool_seconds": 600.0}  # fmt: skip
+              "rollout_dtype": "float32", "max_completion_length": 256, "python_timeout": 60.0,
+              "max_tool_seconds": 600.0}  # fmt: skip
     flags = {k: v for k, v in shared.items() if k in known}
     flags |= {k: _filled(v, names) for k, v in declared.items()}
     if args.max_steps and "max_steps" in flags:
