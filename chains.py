@@ -7,7 +7,6 @@ running sums. Everything it makes is a resumable folder or file.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import curriculum
@@ -22,11 +21,10 @@ from data import world
 from data.questions import load_questions
 from eval import action_space, behaviour, insufficiency
 from eval.evaluate import evaluate
-from eval.grader import score
-from trajectory import Trajectory, groups_of
+from experiment import EVAL_SEED, PROBES, SAMPLING, hard_ids
+from trajectory import Trajectory
 
-FAMILIES = "recall,lookup,bridge,add,multiply,lookup_compute"
-EVAL_SEED = 10_000  # held-out questions are drawn by seeds that training never uses
+FAMILIES = ",".join(world.PLAIN)
 QUESTIONS = {  # part -> families, flag of its size, seed
     "train": (FAMILIES, "train_questions", 0),
     "eval": (FAMILIES, "eval_questions", EVAL_SEED),
@@ -36,7 +34,6 @@ QUESTIONS = {  # part -> families, flag of its size, seed
 ROUNDS = 3
 STAGES = ("base", "outcome_rl", "et_agent", "sft", "rft", *(f"rl_round_{r}" for r in range(1, ROUNDS + 1)),
           "entropy_sparse", "entropy_dense")  # fmt: skip
-HARD = 0.5  # a sum is hard if the base answers less than this share right without thinking [DESIGN 4]
 
 
 class Job(NamedTuple):
@@ -50,9 +47,8 @@ class Job(NamedTuple):
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Flags of every script here; generous times, because a busy machine must not change a number."""
-        return dict(threads=self.args.threads, engine=self.args.engine, index=self.index, search_top_k=1,
-                    max_completion_length=256, python_timeout=60.0, max_tool_seconds=600.0)  # fmt: skip
+        """Flags of every script that samples."""
+        return dict(SAMPLING, threads=self.args.threads, engine=self.args.engine, index=self.index)
 
     def questions(self, part: str) -> str:
         """Path of a part of QUESTIONS, drawn if it is not there."""
@@ -91,7 +87,6 @@ class Job(NamedTuple):
         own = dict(model_name_or_path=model, data=data, output=str(self.folder / f"{name}.jsonl"), num_generations=1)
         print(f"== sample {name}", flush=True)
         return rollout.main(rollout.Args(**self.shared | own | dict(seed=EVAL_SEED + self.seed) | flags))
-
 
     def measured(self, stage: str, model: str) -> dict:
         """Metrics of a stage on the held-out questions of the six plain families."""
@@ -145,8 +140,8 @@ def autotool(job: Job) -> dict:
     without it either.
     """
     base, train, held_out = job.base, job.questions("sums"), job.questions("sums-eval")
-    probe = job.sample("sums-probe", base, held_out, mode="no_think", num_generations=8)
-    hard = {i for i, share in right_shares(probe).items() if share < HARD}
+    probe = job.sample("sums-probe", base, held_out, mode="no_think", num_generations=PROBES)
+    hard = hard_ids(probe)
     folder = job.folder / "warmup"
     own = dict(model_name_or_path=base, data=train, output=str(folder), num_generations=8, label_rule="majority")
     warmup.main(warmup.Args(**job.shared | own, seed=job.seed))
@@ -190,11 +185,6 @@ def refined_questions(job: Job, warm: str, train: str) -> str:
     return str(output)
 
 
-def right_shares(trajectories: list[Trajectory]) -> dict[str, float]:
-    """Question id -> mean correctness of its samples."""
-    return {g[0].question_id: fmean(score(t)[0] for t in g) for g in groups_of(trajectories)}
-
-
 CHAINS: dict[str, Callable[[Job], dict]] = {  # long ones first
     "et_agent_whole": et_agent_whole,
     "autotool": autotool,
@@ -215,8 +205,7 @@ def analyses(job: Job) -> dict:
     own = dict(model_name_or_path=job.base, trajectories=files, output=str(folder), limit=200, threads=job.args.threads)
     action_space.main(action_space.Args(**own))
     sets = {}
-    rounds = len(list((job.folder / "curriculum").glob("round-*/rl")))
-    for stage, model in (("base", job.base), (last, round_folder(job, rounds))):
+    for stage, model in (("base", job.base), (last, curriculum.adapter_of(str(job.folder / "curriculum")))):
         own = dict(model_name_or_path=model, trajectories=sampled[stage], output_dir=str(job.folder / f"{stage}-hints"))
         sets[stage] = insufficiency.main(insufficiency.Args(**job.shared | own, seed=job.seed))["sets"]["all"]
     columns = ("wrong", "fixed", "insufficient", "mean_extra_calls")

@@ -7,6 +7,7 @@ that ends with its process), every script resumes, and every file is written who
 """
 
 import fcntl
+import functools
 import hashlib
 import importlib
 import json
@@ -15,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -23,21 +23,21 @@ import torch
 import rollout
 from claim_list import VARIANTS, WORLDS, Variant
 from common import commit, write_text
+from curriculum import adapter_of
 from data.world import World, questions
 from data.world_noise import MIX
 from eval.behaviour import insufficient, redundant_calls
 from eval.entropy_pilot import analyse, fill_entropies
 from eval.evaluate import evaluate
 from eval.grader import score
+from experiment import EVAL_SEED, PROBES, SAMPLING, hard_ids
 from tools.search import SearchIndex
 from trajectory import DataError, Trajectory, load_trajectories, write_jsonl
 
-EVAL_SEED = 10_000  # of held-out questions, their noise and their samples; training uses small seeds
 EASY_TERMS = 6  # sums of so many terms or fewer are the easy ones of a training mix, as in data.world --easy_terms
-PROBES = 8  # no-think samples of the base per question; an item is hard if fewer than half are right [DESIGN 4]
 TRAINING = ("train_rl", "train_sft", "curriculum")  # scripts whose folder is the model of the stages after them
-CURVES = ("reward", "rewards/correct/mean", "tools/call_frequency", "completions/mean_length", "entropy", "think_rate",
-          "frac_reward_zero_std", "beta_long")  # fmt: skip
+CURVES = ("reward", "rewards/correct/mean", "rewards/reducing/mean", "tools/call_frequency", "completions/mean_length",
+          "entropy", "entropy/decision", "think_rate", "frac_reward_zero_std", "beta_long")  # fmt: skip
 FILES = ("rollout", "selection", "refine")  # scripts whose --output is a file, not a folder
 EVERY = 10  # steps between the points of a row's curves
 
@@ -84,10 +84,9 @@ def _job(name: str, script: str, declared: dict, model: str, names: dict, args: 
     """The job of a stage: declared flags over those that all stages share, as far as the script has them."""
     cls = importlib.import_module(script).Args
     known, noise = {f.name for f in fields(cls)}, float(names["noise"])
-    shared = {"model_name_or_path": model, "data": names["train"], "index": names["index"], "search_top_k": 1,
+    shared = {"model_name_or_path": model, "data": names["train"], "index": names["index"], **SAMPLING,
               "noise": noise, "noise_seed": names["seed"], "seed": names["seed"], "threads": 1, "engine": "fast",
-              "rollout_dtype": "float32", "max_completion_length": 256, "python_timeout": 60.0,
-              "max_tool_seconds": 600.0}  # fmt: skip
+              "rollout_dtype": "float32"}  # fmt: skip
     flags = {k: v for k, v in shared.items() if k in known}
     flags |= {k: _filled(v, names) for k, v in declared.items()}
     if args.max_steps and "max_steps" in flags:
@@ -115,7 +114,12 @@ def base_digest(base: str) -> str:
     weights = Path(base) / "model.safetensors"
     if not weights.is_file():
         raise DataError(f"--base {base}: no model.safetensors there")
-    return _digest(weights.read_bytes())
+    return _file_digest(weights, weights.stat().st_mtime_ns)
+
+
+@functools.cache
+def _file_digest(path: Path, changed_ns: int) -> str:  # changed_ns: a file written anew is read anew
+    return _digest(path.read_bytes())
 
 
 # ---------------------------------------------------------------------------------------------------- running
@@ -129,7 +133,7 @@ def run_cell(cell: Cell, args: Any) -> dict:
     prepare_world(cell, args)
     seconds = sum(run_job(job) for job in cell.jobs)
     world = WORLDS[VARIANTS[cell.variant].world]
-    hard = hard_ids(cell.files["held_out_probe"]) if world.easy_share is not None else None
+    hard = hard_ids(load_trajectories(cell.files["held_out_probe"])) if world.easy_share is not None else None
     row = {"variant": cell.variant, "seed": cell.seed, "digest": cell.digest, "commit": commit(), "threads": 1}
     row |= {"base": base_digest(args.base), "seconds": round(seconds, 1)}
     trajectories = load_trajectories(cell.jobs[-1].output)
@@ -163,12 +167,6 @@ def run_job(job: Job) -> float:
             module.main(module.Args(**flags))
             write_text(job.done, json.dumps({"seconds": round(time.monotonic() - started, 1)}) + "\n")
         return json.loads(job.done.read_text())["seconds"]
-
-
-def adapter_of(model: str) -> str:
-    """The model folder that a curriculum ended with, where `model` is the curriculum's folder; else `model`."""
-    result = Path(model) / "result.json"
-    return json.loads(result.read_text()).get("adapter", model) if result.exists() else model
 
 
 @contextmanager
@@ -217,30 +215,23 @@ def prepare_world(cell: Cell, args: Any) -> None:
 
 def probe(data: str, output: str, args: Any) -> None:
     """PROBES samples of the base without thinking for every question of a file."""
-    flags = {"model_name_or_path": args.base, "data": data, "output": output, "mode": "no_think", "threads": 1,
-             "engine": "fast"}  # fmt: skip
-    rollout.main(rollout.Args(**flags, num_generations=PROBES, max_completion_length=256))
-
-
-def hard_ids(probes: str) -> set[str]:
-    """Questions that the base answers right in fewer than half of its samples without thinking."""
-    scores: dict[str, list[float]] = {}
-    for t in load_trajectories(probes):
-        scores.setdefault(t.question_id, []).append(score(t)[0])
-    return {i for i, values in scores.items() if fmean(values) < 0.5}
+    flags = {"model_name_or_path": args.base, "data": data, "output": output, "mode": "no_think"}
+    rollout.main(rollout.Args(**SAMPLING, **flags, num_generations=PROBES, threads=1, engine="fast"))
 
 
 # ---------------------------------------------------------------------------------------------------- rows
 
 
 def measure(trajectories: list[Trajectory], hard: set[str] | None) -> dict:
-    """metrics and families as in metrics.json; and one value per held-out question, in the order of their ids."""
+    """metrics and families as in metrics.json; and one value per held-out question, in the order of their ids.
+
+    `asked` stands for these questions. What follows from other columns is not stored (`column`).
+    """
     result = evaluate(trajectories)
     trajectories = sorted(trajectories, key=lambda t: t.question_id)
     correct = [score(t)[0] for t in trajectories]
     columns = {
         "correctness": [round(c, 4) for c in correct],
-        "efficiency": [round(c / max(t.n_calls, 1), 4) for t, c in zip(trajectories, correct)],
         "calls": [t.n_calls for t in trajectories],
         "redundant": [int(redundant_calls(t) > 0) for t in trajectories],
         "insufficient": [int(insufficient(t, c)) for t, c in zip(trajectories, correct)],
@@ -249,9 +240,23 @@ def measure(trajectories: list[Trajectory], hard: set[str] | None) -> dict:
     }
     if hard is not None:
         columns["hard"] = [int(t.question_id in hard) for t in trajectories]
-        columns["easy"] = [1 - h for h in columns["hard"]]
+    columns = {name: compact(values) for name, values in columns.items()}
     asked = _digest("\n".join(t.question_id + t.question for t in trajectories).encode())
     return {"metrics": result["all"], "families": result["families"], "asked": asked, "questions": columns}
+
+
+def compact(values: list[float]) -> str | list[float]:
+    """A column as a string of digits, if every value is one; else as it is."""
+    return "".join(str(int(v)) for v in values) if all(v in range(10) for v in values) else values
+
+
+def column(row: dict, name: str) -> list[float]:
+    """One value per held-out question of a row: a stored column, or `efficiency` or `easy` made from them."""
+    if name == "efficiency":
+        return [c / max(n, 1) for c, n in zip(column(row, "correctness"), column(row, "calls"))]
+    if name == "easy":
+        return [1 - h for h in column(row, "hard")]
+    return [float(v) for v in row["questions"][name]]
 
 
 def curves(jobs: list[Job]) -> dict[str, list]:

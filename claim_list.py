@@ -6,6 +6,8 @@ Thresholds were written before any of the runs. In a stage's flags "{name}" stan
 
 from typing import Any, NamedTuple
 
+from data.world import PLAIN
+
 
 class World(NamedTuple):
     """Where variants are trained and evaluated; easy_share: share of short sums in training (None: no sums there).
@@ -56,7 +58,7 @@ MARGIN = 0.01
 EVALUATION_MINUTES = 0.5
 WORLDS = {
     "noisy": World("noisy", 1.0),
-    "plain": World("recall,lookup,bridge,add,multiply,lookup_compute", 0.0),
+    "plain": World(",".join(PLAIN), 0.0),
     **{f"sums_{share}": World("running_sum", 0.0, share / 100) for share in (35, 55, 75, 85)},
 }
 VARIANTS: dict[str, Variant] = {}

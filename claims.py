@@ -18,19 +18,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 
 from tqdm import tqdm
 
 from claim_cells import Cell, plan_cell, row_file, run_cell
 from claim_list import CLAIMS, EVALUATION_MINUTES, VARIANTS, Claim
-from common import arg, cli, require_positive, table, write_text
-from eval.intervals import Interval, paired_interval, verdict
+from claim_report import variants_of, write_report
+from common import arg, cli, require_positive, table
 from trajectory import DataError, read_jsonl, write_jsonl
 
-SHOWN = ("correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking_rate")
 PASSED_ON = ("output_dir", "base", "preset", "train_questions", "eval_questions", "max_steps")  # to a cell's process
-CALL_LABELS = ("needed", "redundant", "repeated")
 STOP_SECONDS = 60  # that a stopped cell gets to close its tools
 
 
@@ -41,6 +38,7 @@ class Args:
     only: list[str] = arg([], "claims to run or list")
     full: bool = arg(False, "all claims")
     list: bool = arg(False, "print what is done and what is missing, and run nothing")
+    report: bool = arg(False, "write the report from the rows, and run nothing")
     cell: str = arg("", "run this one cell here, VARIANT/SEED, and print its row's metrics")
     workers: int = arg(1, "cells run at once, one thread each")
     max_minutes: float = arg(0.0, "stop the running cells after this time; 0 = run until all is done")
@@ -59,12 +57,12 @@ class Args:
         variant, _, seed = self.cell.partition("/")
         if self.cell and (variant not in VARIANTS or not seed.isdecimal()):
             raise ValueError(f"--cell {self.cell!r} is not VARIANT/SEED with a variant of claim_list.py")
-        if not (self.only or self.full or self.list or self.cell):
-            raise ValueError("choose what to run: --full, --only CLAIM … or --cell VARIANT/SEED; or --list")
+        if not (self.only or self.full or self.list or self.report or self.cell):
+            raise ValueError("choose what to run: --full, --only CLAIM … or --cell VARIANT/SEED; or --list, --report")
         require_positive(self, "workers", "seeds", "train_questions", "eval_questions")
 
 
-def main(args: Args) -> dict[str, str]:
+def main(args: Args) -> dict[str, list[str]]:
     """Run what is missing of the chosen claims, write rows and report; returns claim -> verdicts of its pairs."""
     if args.cell:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # how --max_minutes stops it; ignored behind `&`
@@ -78,12 +76,12 @@ def main(args: Args) -> dict[str, str]:
     if args.list:
         print(listing(chosen, cells, rows))
         return {}
-    problems = run_missing([cell for key, cell in cells.items() if key not in rows], args)
-    verdicts = report_begun(chosen, args)
-    rows = collect_rows(cells, args)
+    problems = [] if args.report else run_missing([cell for key, cell in cells.items() if key not in rows], args)
+    rows = collect_rows(cells_of(CLAIMS, args), args)  # the report is of all claims, whatever ran now
+    verdicts = write_report(Path(args.results), CLAIMS, rows, args.seeds, args.eval_questions)
     missing = [f"{name}/{seed}" for name, seed in cells if (name, seed) not in rows]
-    print(f"{len(rows)} of {len(cells)} cells done; report: {Path(args.results) / 'report.md'}")
-    if missing:
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells done; report: {Path(args.results) / 'report.md'}")
+    if missing and not args.report:
         print(f"missing: {', '.join(missing)}")
     if problems:
         raise DataError("cells failed: " + "; ".join(problems))
@@ -96,7 +94,7 @@ def cells_of(claims: dict[str, Claim], args: Args) -> dict[tuple[str, int], Cell
         (variant, seed)
         for claim in claims.values()
         for seed in range(args.seeds)
-        for variant in dict.fromkeys(v for pair in claim.pairs for v in pair)
+        for variant in variants_of([claim])
     ]
     return {key: plan_cell(*key, args) for key in dict.fromkeys(keys)}
 
@@ -183,9 +181,6 @@ def log_file(cell: Cell, args: Args) -> Path:
     return Path(args.output_dir) / "logs" / f"{cell.variant}-{cell.seed}.log"
 
 
-# ---------------------------------------------------------------------------------------------------- results
-
-
 def listing(claims: dict[str, Claim], cells: dict, rows: dict) -> str:
     """A table of the claims: cells done and missing, and the minutes that the missing ones are expected to take.
 
@@ -193,7 +188,7 @@ def listing(claims: dict[str, Claim], cells: dict, rows: dict) -> str:
     """
     lines, counted = [], set()
     for name, claim in claims.items():
-        variants = {v for pair in claim.pairs for v in pair}
+        variants = variants_of([claim])
         mine = [key for key in cells if key[0] in variants]
         minutes = 0.0
         for key in mine:
@@ -205,106 +200,11 @@ def listing(claims: dict[str, Claim], cells: dict, rows: dict) -> str:
                 if job.folder not in counted and not job.done.exists():
                     counted.add(job.folder)
                     minutes += cost
-        missing = {v: ",".join(str(s) for w, s in mine if w == v and (v, s) not in rows) for v in sorted(variants)}
+        missing = {v: ",".join(str(s) for w, s in mine if w == v and (v, s) not in rows) for v in variants}
         done = sum(key in rows for key in mine)
         words = " ".join(f"{v}/{seeds}" for v, seeds in missing.items() if seeds)
         lines.append([name, f"{done} of {len(mine)}", f"{minutes:.0f}", words or "none"])
     return table(["claim", "cells done", "minutes on one core", "missing (variant/seeds)"], lines)
-
-
-def report_begun(chosen: dict[str, Claim], args: Args) -> dict[str, str]:
-    """Write the report of the chosen claims and of every other one that has a row, and return its verdicts."""
-    rows = collect_rows(cells_of(CLAIMS, args), args)
-    ran = {variant for variant, _ in rows}
-    begun = {n: c for n, c in CLAIMS.items() if n in chosen or any(v in ran for pair in c.pairs for v in pair)}
-    cells = cells_of(begun, args)
-    return write_report(begun, cells, {key: row for key, row in rows.items() if key in cells}, args)
-
-
-def write_report(claims: dict[str, Claim], cells: dict, rows: dict, args: Args) -> dict[str, str]:
-    """Write report.md from the rows; returns claim -> verdicts of its pairs, in words."""
-    commits = sorted({row["commit"] for row in rows.values()})
-    parts = ["# Claims", "", f"- {len(rows)} of {len(cells)} cells; commits {', '.join(commits) or 'none'}",
-             f"- {args.seeds} paired seeds, {args.eval_questions} held-out questions, the same for all cells",
-             "- difference: first variant minus second, mean [95 % interval over seeds and questions]; the rule of the "
-             "verdict is in eval/intervals.py, the thresholds are in claim_list.py", ""]  # fmt: skip
-    verdicts = {}
-    for name, claim in claims.items():
-        found = [decide(claim, pair, rows, args.seeds) for pair in claim.pairs]
-        verdicts[name] = ", ".join(line[-1] for line in found)
-        rule = f"`{claim.metric}` {'higher' if claim.sign > 0 else 'lower'} by at least {claim.at_least:g}"
-        rule += "" if claim.margin is None else f", correctness lower by less than {claim.margin:g}"
-        parts += [f"## {name}", "", f"{claim.says} ({claim.where}). Holds if: {rule}.", ""]
-        parts += [table(["first", "second", "seeds", claim.metric, "correctness", "verdict"], found), ""]
-        parts += [variants_table(claim, rows), ""]
-        if "2602.02050" in claim.where:
-            parts += ["Share of entropy-reducing calls and mean ΔH (nats) by what a call was worth:", ""]
-            parts += [calls_table(claim, rows), ""]
-        if missing := [f"{v}/{s}" for v, s in cells if (v, s) not in rows and any(v in pair for pair in claim.pairs)]:
-            parts += [f"Not run: {', '.join(missing)}.", ""]
-    Path(args.results).mkdir(parents=True, exist_ok=True)
-    write_text(Path(args.results) / "report.md", "\n".join(parts))
-    return verdicts
-
-
-def decide(claim: Claim, pair: tuple[str, str], rows: dict, seeds: int) -> list:
-    """One line of a claim's table: differences over the seeds that both variants have, and the verdict.
-
-    Fewer seeds than asked for leave it undecided. DataError if the two were not asked the same questions.
-    """
-    shared = [s for s in range(seeds) if all((variant, s) in rows for variant in pair)]
-    if not shared:
-        return [*pair, 0, "", "", "not run"]
-    first, second = ([rows[variant, s] for s in shared] for variant in pair)
-    if len({row["asked"] for row in first + second}) > 1:
-        raise DataError(f"{pair[0]} and {pair[1]} were evaluated on different questions")
-    effect = difference(first, second, claim.metric)
-    correctness = difference(first, second, "correctness")
-    signed = effect if claim.sign > 0 else Interval(-effect.mean, -effect.high, -effect.low)
-    found = verdict(signed, claim.at_least, None if claim.margin is None else correctness, claim.margin or 0.0)
-    word = found if len(shared) == seeds else f"undecided ({len(shared)} of {seeds} seeds)"
-    return [*pair, len(shared), _shown(effect), _shown(correctness), word]
-
-
-def difference(first: list[dict], second: list[dict], metric: str) -> Interval:
-    """Interval of a metric's paired difference; "column|subset" takes only the questions of the subset."""
-    column, _, subset = metric.partition("|")
-
-    def values(row: dict) -> list[float]:
-        kept = row["questions"][subset] if subset else [1] * len(row["questions"][column])
-        return [value for value, keep in zip(row["questions"][column], kept) if keep]
-
-    return paired_interval([values(row) for row in first], [values(row) for row in second])
-
-
-def variants_table(claim: Claim, rows: dict) -> str:
-    """Mean ± standard deviation over the seeds of each variant of a claim."""
-    lines = []
-    for variant in dict.fromkeys(v for pair in claim.pairs for v in pair):
-        mine = [row for (v, _), row in sorted(rows.items()) if v == variant]
-        cells = [[row["metrics"][column] for row in mine] for column in SHOWN]
-        spread = [f"{fmean(c):.3f}" + (f" ± {stdev(c):.3f}" if len(c) > 1 else "") if c else "" for c in cells]
-        lines.append([variant, len(mine), *spread])
-    return table(["variant", "seeds", *SHOWN], lines)
-
-
-def calls_table(claim: Claim, rows: dict) -> str:
-    """How entropy changed over the calls of each variant's evaluation, mean over the seeds [PAPERS C1]."""
-    lines = []
-    for variant in dict.fromkeys(v for pair in claim.pairs for v in pair):
-        mine = [row["entropy"] for (v, _), row in sorted(rows.items()) if v == variant and "entropy" in row]
-        line = [variant, len(mine)]
-        for label in CALL_LABELS:
-            found = [e["label"][label] for e in mine if e["label"].get(label, {}).get("change") is not None]
-            means = [fmean(f[key] for f in found) for key in ("reducing", "change")] if found else []
-            line.append("{:.2f}, {:+.3f}".format(*means) if means else "")
-        areas = [e["auc_needed"]["value"] for e in mine if e["auc_needed"]["value"] is not None]
-        lines.append([*line, fmean(areas) if areas else ""])
-    return table(["variant", "seeds", *CALL_LABELS, "AUC of −ΔH for needed"], lines)
-
-
-def _shown(interval: Interval) -> str:
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 if __name__ == "__main__":

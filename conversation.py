@@ -109,6 +109,11 @@ class RolloutArgs:
                 f"--num_generations {self.num_generations}"
             )
 
+    def more_calls(self, extra: int) -> dict[str, int]:
+        """The two limits on calls raised by `extra`, for a trajectory that goes on behind an edit or a hint."""
+        limits = ("max_tool_calling_iterations", "max_calls_per_tool")
+        return {name: getattr(self, name) + extra for name in limits}
+
 
 # ---------------------------------------------------------------------------------------------------- tools
 

@@ -21,7 +21,7 @@ from conversation import Draft, encode, render_prompt
 from data.questions import Question
 from entropy import segment_entropies
 from eval.behaviour import call_labels, duplicate_calls, unused_calls
-from model import collate, token_stats
+from model import token_entropies
 from operators import Finding, Step, steps_of, thoughts_of
 from rollout import generate_turn, sampling_mode
 from tools.client import ServerError, request_json
@@ -118,7 +118,9 @@ def entropy_critic(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a
         return Finding(max(known, key=lambda k: H[k]), "") if known else "none"
 
     def each(judge: Callable, ts: list[Trajectory]) -> list[Finding | Refusal]:
-        entropies, found = token_entropies(ts, model, tokenizer, a), []
+        with sampling_mode(model):
+            entropies = token_entropies(ts, model, tokenizer.pad_token_id, a.critic_batch_size)
+        found = []
         for t, entropy in zip(ts, entropies):
             steps = steps_of(t, tokenizer)
             found.append(judge(t, steps, segment_entropies(t, entropy=entropy) if steps else []))
@@ -129,22 +131,6 @@ def entropy_critic(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a
         lambda ts: each(flawed, ts),
         lambda ts: [_without_repeated_sentences(t, steps_of(t, tokenizer)) for t in ts],
     )
-
-
-def token_entropies(
-    ts: list[Trajectory], model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a: Any
-) -> list[list[float]]:
-    """Entropy of every token in nats at T = 1, (T,) each: as stored, else from a forward pass of the policy."""
-    entropies = [t.entropy for t in ts]
-    missing = [i for i, entropy in enumerate(entropies) if entropy is None]
-    on = next(model.parameters()).device
-    for at in range(0, len(missing), a.critic_batch_size):
-        rows = missing[at : at + a.critic_batch_size]
-        with torch.no_grad(), sampling_mode(model):
-            _, entropy = token_stats(model, collate([ts[i] for i in rows], tokenizer.pad_token_id, on))  # (B, T)
-        for row, i in enumerate(rows):
-            entropies[i] = entropy[row, : len(ts[i].token_ids)].tolist()
-    return entropies
 
 
 # ---------------------------------------------------------------------------------------------------- model

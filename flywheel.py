@@ -19,7 +19,7 @@ import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -42,7 +42,6 @@ from selection import SELECTORS, pareto_select  # noqa: F401  part of the flywhe
 from tools.parse import parse_calls
 from trajectory import DataError, Trajectory, read_jsonl, save_trajectories
 
-LIMITS = ("max_tool_calling_iterations", "max_calls_per_tool")  # that --extra_calls raises in the rounds
 COUNTS = ("asked", "none", "malformed", "rejected", "duplicate", "added", "correct")
 
 
@@ -250,8 +249,7 @@ def finish_edits(
     drafts: list[Draft], model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: Args, toolbox: ToolBox
 ) -> None:
     """Sample edited drafts to their end; where an edit ends in a call, that call is run first."""
-    limits = {name: getattr(args, name) + args.extra_calls for name in LIMITS}
-    evolving = RolloutArgs(**{name: getattr(args, name) for name in RolloutArgs.__dataclass_fields__} | limits)
+    evolving = replace(args, **args.more_calls(args.extra_calls))
     calling = [d for d in drafts if not d.finish and parse_calls(turn_text(d), d.dialect)]
     with ThreadPoolExecutor(args.tool_workers) as pool:
         pending = submit_calls(calling, toolbox, evolving, set(eos_ids(model, tokenizer)), pool)

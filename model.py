@@ -300,5 +300,18 @@ def token_stats(model: torch.nn.Module, batch: Batch, temperature: float = 1.0) 
     return empty.masked_scatter(batch.loss_mask, logp), empty.masked_scatter(batch.loss_mask, entropy)
 
 
+@torch.no_grad()
+def token_entropies(
+    trajectories: list[Trajectory], model: torch.nn.Module, pad_id: int, batch_size: int
+) -> list[list[float]]:
+    """Entropy of every token in nats at T = 1, (T,) each: as stored, else by a forward pass of the model."""
+    found = {id(t): t.entropy for t in trajectories if t.entropy is not None}
+    on = next(model.parameters()).device
+    for rows in packed([t for t in trajectories if t.entropy is None], batch_size, 0):
+        _, entropy = token_stats(model, collate(rows, pad_id, on))  # (B, T)
+        found |= {id(t): values[: len(t.token_ids)] for t, values in zip(rows, entropy.tolist())}
+    return [found[id(t)] for t in trajectories]
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

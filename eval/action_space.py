@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common import arg, cli, table, write_text
+from eval.figures import pyplot, save
 from model import ModelArgs, causal_lm, collate, device, load_policy, sampling_mode
 from trajectory import DataError, Trajectory, load_trajectories
 
@@ -111,11 +112,7 @@ def spread(points: Tensor) -> float:
 
 def draw(path: Path, stages: dict[str, list[dict]]) -> None:
     """One panel per stage: its trajectories by family, in grey those of the other stages."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     families = sorted({row["family"] for rows in stages.values() for row in rows})
     colours = dict(zip(families, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(families)))
     size = dict(figsize=(3.6 * len(stages) + 1, 3.6), sharex=True, sharey=True, squeeze=False)
@@ -129,9 +126,7 @@ def draw(path: Path, stages: dict[str, list[dict]]) -> None:
             axis.scatter(x, y, s=6, color=colours[family], label=family)
         axis.set_title(name, fontsize=10)
     axes[0][-1].legend(frameon=False, fontsize=7, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -45,14 +45,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig, Qwen2Config, get_scheduler
+from transformers import PretrainedConfig, Qwen2Config
 
 import train_rl
 from common import arg, cli, environment, require_positive, table, write_text
 from eval.benchmark_rollout import word_tokenizer
 from eval.random_model import random_base, shape_config
 from memory import decoder_of, training
-from model import OptimizerName, adamw, device, enable_checkpointing, packed, with_adapter
+from model import OptimizerName, adamw, device, enable_checkpointing, packed, schedule, with_adapter
 from trajectory import Span, Trajectory
 from update import micro_batches, update
 
@@ -145,7 +145,7 @@ def make_trajectories(args: Args, vocab: int) -> list[Trajectory]:
 def tare_step(model: torch.nn.Module, flags: train_rl.Args, trajectories: list[Trajectory]) -> Step:
     """update.py, as train_rl.py calls it."""
     optimizer = adamw(model, flags.optimizer, flags.learning_rate, flags.weight_decay)
-    scheduler = get_scheduler("constant", optimizer)
+    scheduler = schedule(optimizer, "constant", 0.0, 1)
     betas = [0.0] * len(trajectories)
 
     def score():

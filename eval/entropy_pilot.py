@@ -15,7 +15,6 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from common import table, write_text
 from entropy import DeltaForm, Segment, calls_by_turn, entropy_changes, reducing, segment_entropies
@@ -146,15 +145,12 @@ def analyse(
 
 def fill_entropies(trajectories: list[Trajectory], model_name_or_path: str, batch_size: int = 32) -> None:
     """Give every trajectory without token entropies those of a model at T = 1, in nats."""
-    from model import ModelArgs, collate, device, load_policy, packed, token_stats
+    from model import ModelArgs, device, load_policy, token_entropies
 
     model, tokenizer = load_policy(ModelArgs(model_name_or_path=model_name_or_path), trainable=False)
     model.to(device()).eval()
-    for rows in packed([t for t in trajectories if t.entropy is None], batch_size, 0):
-        with torch.no_grad():
-            _, entropy = token_stats(model, collate(rows, tokenizer.pad_token_id, device()))  # (B, T)
-        for t, values in zip(rows, entropy.tolist()):
-            t.entropy = values[: len(t.token_ids)]
+    for t, values in zip(trajectories, token_entropies(trajectories, model, tokenizer.pad_token_id, batch_size)):
+        t.entropy = values
 
 
 # ---------------------------------------------------------------------------------------------------- report
@@ -215,10 +211,9 @@ def write_pilot(folder: Path, result: dict, calls: list[Call]) -> str:
 
 def _figures(folder: Path, result: dict, calls: list[Call]) -> None:
     """Histograms of ΔH by label and by answer, and the ROC curve; nothing drawn where there are no calls."""
-    from eval.report import _pyplot, _save
+    from eval.figures import pyplot, save
 
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 3.6))
     bins = np.histogram_bin_edges([c.change for c in calls] or [0.0], 40)
     for axis, field, names in zip(axes, ("label", "answer"), (LABELS, ("right", "wrong"))):
         for name in names:
@@ -228,8 +223,8 @@ def _figures(folder: Path, result: dict, calls: list[Call]) -> None:
         axis.axvline(0, color="black", linewidth=0.5)
         axis.set_xlabel("ΔH of the call" + (" (nats)" if result["delta_form"] == "difference" else " (share)"))
     axes[0].set_ylabel("density of calls")
-    _save(figure, folder / "entropy_changes.png")
-    figure, axis = plt.subplots(figsize=(3.8, 3.6))
+    save(figure, folder / "entropy_changes.png")
+    figure, axis = pyplot().subplots(figsize=(3.8, 3.6))
     judged = [c for c in calls if c.label != "failed"]
     levels = sorted({c.change for c in judged})
     both = [np.sort([c.change for c in judged if (c.label == "needed") == needed]) for needed in (False, True)]
@@ -239,4 +234,4 @@ def _figures(folder: Path, result: dict, calls: list[Call]) -> None:
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.5)
     axis.set_xlabel("share of other calls")
     axis.set_ylabel("share of needed calls")
-    _save(figure, folder / "entropy_roc.png")
+    save(figure, folder / "entropy_roc.png")

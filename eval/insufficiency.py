@@ -85,7 +85,7 @@ def hinted(
     wrong: list[Trajectory], model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: Args, toolbox: ToolBox
 ) -> list[Trajectory]:
     """Each trajectory after its hints, graded; one without a finished answer, or without room, stays as it was."""
-    raised = {name: getattr(args, name) + args.hints for name in ("max_tool_calling_iterations", "max_calls_per_tool")}
+    raised = replace(args, **args.more_calls(args.hints))
     now = [replace(t, rewards={"correct": score(t)[0]}, meta=t.meta | {"hints": 0, "extra_calls": 0}) for t in wrong]
     for hint in range(1, args.hints + 1):
         drafts = {}
@@ -97,7 +97,7 @@ def hinted(
             rng = random.Random(seed_of(args.seed, t.question_id, t.sample_idx, hint))
             drafts |= {i: d for d in inject_hints(t, question, None, tokenizer, rng)}
         drafts = {i: d for i, d in drafts.items() if d.response_len < args.max_completion_length}
-        complete(model, tokenizer, list(drafts.values()), replace(args, **raised), toolbox)
+        complete(model, tokenizer, list(drafts.values()), raised, toolbox)
         for i, draft in drafts.items():
             t = to_trajectory(draft, tokenizer)
             extra = t.n_calls - wrong[i].n_calls

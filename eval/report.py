@@ -9,6 +9,7 @@ from statistics import fmean
 
 from common import table
 from eval.evaluate import metrics_table
+from eval.figures import pyplot, save
 
 CURVES = (
     ("reward", "reward"),
@@ -65,9 +66,8 @@ def sums_table(sums: dict[str, dict[str, dict]]) -> str:
 
 def calls_per_family(path: Path, families: dict[str, dict[str, dict]]) -> None:
     """Bars: mean tool calls per family, one bar per stage; the dashes mark the calls that are needed, where known."""
-    plt = _pyplot()
     names = list(next(iter(families.values())))
-    figure, axis = plt.subplots(figsize=(1.6 * len(names) + 2, 3.6))
+    figure, axis = pyplot().subplots(figsize=(1.6 * len(names) + 2, 3.6))
     width = 0.8 / len(families)
     for k, (stage, per_family) in enumerate(families.items()):
         at = [i + (k - (len(families) - 1) / 2) * width for i in range(len(names))]
@@ -79,24 +79,23 @@ def calls_per_family(path: Path, families: dict[str, dict[str, dict]]) -> None:
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel("tool calls per question")
     axis.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def calls_and_correctness(path: Path, stages: dict[str, dict]) -> None:
     """One point per stage: tool calls and correctness, the mark the larger the more trajectories are redundant."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = pyplot().subplots(figsize=(6, 4))
     for name, row in stages.items():
         axis.scatter(row["calls"], row["correctness"], s=30 + 300 * row["redundant"], alpha=0.6)
         axis.annotate(name, (row["calls"], row["correctness"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
     axis.set_xlabel("tool calls per question")
     axis.set_ylabel("correctness")
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves(path: Path, runs: dict[str, list[Path]]) -> None:
     """Training curves over steps, one line per stage (thin lines: single seeds, if there are several)."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(2, 4, figsize=(15, 6))
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for (stage, folders), colour in zip(runs.items(), colours):
@@ -114,25 +113,10 @@ def curves(path: Path, runs: dict[str, list[Path]]) -> None:
             axis.set_title(label, fontsize=10)
             axis.set_xlabel("step")
     axes.flat[0].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)

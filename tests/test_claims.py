@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 
 import claims
-from claim_cells import EVAL_SEED, adapter_of, hard_ids, locked, measure, plan_cell, row_file, run_cell
+from claim_cells import column, compact, locked, measure, plan_cell, row_file, run_cell
 from claim_list import CLAIMS, VARIANTS, WORLDS, Claim
-from claims import cells_of, collect_rows, decide, next_cell, run_missing
+from claim_report import calls_table, decide, difference, variants_table, write_report
+from claims import cells_of, collect_rows, next_cell, run_missing
 from common import parse_args
-from trajectory import DataError, ToolCall, Trajectory, read_jsonl, save_trajectories
+from curriculum import adapter_of
+from experiment import EVAL_SEED, hard_ids
+from trajectory import DataError, ToolCall, Trajectory, read_jsonl
 
 COLUMNS = {"correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking"}
 CLAIM = Claim("here", "x", "calls", -1, 0.5, 0.01, (("rl_et", "rl_correct"),))
@@ -97,9 +100,9 @@ def test_no_two_stages_of_different_flags_share_a_folder(flags):
 
 
 def row(variant, seed, calls, correct=(1, 1, 0, 1), asked="a", **columns):
-    questions = {"calls": list(calls), "correctness": list(correct), **columns}
-    metrics = {name: 0.5 for name in claims.SHOWN}
-    return {"variant": variant, "seed": seed, "commit": "c", "asked": asked, "questions": questions, "metrics": metrics}
+    others = dict.fromkeys(("redundant", "insufficient", "tokens", "thinking"), [0] * len(calls))
+    questions = {**others, "calls": list(calls), "correctness": list(correct), **columns}
+    return {"variant": variant, "seed": seed, "commit": "c", "asked": asked, "questions": questions, "curves": {}}
 
 
 def rows_of(*made):
@@ -132,7 +135,7 @@ def test_only_answers_to_the_same_questions_are_compared():
 
 def test_a_subset_of_the_questions():
     made = [row("a", 0, (1, 5, 5, 3), hard=[1, 0, 0, 1]), row("b", 0, (0, 9, 9, 0), hard=[1, 0, 0, 1])]
-    assert claims.difference(made[:1], made[1:], "calls|hard").mean == 2.0  # (1 − 0 + 3 − 0) / 2
+    assert difference(made[:1], made[1:], "calls|hard").mean == 2.0  # (1 − 0 + 3 − 0) / 2
 
 
 def test_calls_by_label_and_their_entropy():
@@ -141,27 +144,41 @@ def test_calls_by_label_and_their_entropy():
         return {"entropy": {"label": labels, "auc_needed": {"value": auc}}}
 
     made = [row("rl_et", 0, (1,)) | entropy(1.0, -0.2, 0.9), row("rl_et", 1, (1,)) | entropy(0.5, -0.1, None)]
-    lines = claims.calls_table(CLAIM, rows_of(*made)).splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["rl_et", "2", "0.75, -0.150", "", "", "0.900"]
-    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["rl_correct", "0", "", "", "", ""]
+    lines = calls_table(CLAIM, rows_of(*made)).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["rl_et", "2", "0.75, -0.150", "", "", "", "0.900"]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["rl_correct", "0", "", "", "", "", ""]
+
+
+def test_variants_on_sums_say_how_many_seeds_collapsed():
+    """Two hard questions of four; seed 0 thinks on one of them and one easy one, seed 1 on both easy ones."""
+    sums = dict(hard="0110", tokens=[4, 4, 4, 8])
+    made = [
+        row("at_85_none_none", 0, "0000", thinking="0101", **sums) | {"curves": {"frac_reward_zero_std": [0.0, 0.25]}},
+        row("at_85_none_none", 1, "0000", thinking="1001", **sums) | {"curves": {"frac_reward_zero_std": [0.0, 0.75]}},
+    ]
+    claim = CLAIM._replace(pairs=(("at_85_none_none", "at_base"),))
+    head, _, line = variants_table(claim, rows_of(*made)).splitlines()  # no line without rows
+    found = dict(zip([c.strip() for c in head.split("|")], [c.strip() for c in line.split("|")]))
+    assert found["thinking on hard"] == "0.250 ± 0.354" and found["thinking on easy"] == "0.750 ± 0.354"
+    assert found["correctness on hard"] == "0.500 ± 0.000" and found["tokens"] == "5.000 ± 0.000"  # 1 1 0 1
+    assert found["collapsed"] == "1" and found["groups without signal"] == "0.500"
 
 
 def test_report_and_rows_file(flags):
     args = claims.Args(only=["et_beats_cap"], seeds=2, **flags)
     cells = cells_of({"et_beats_cap": CLAIMS["et_beats_cap"]}, args)
-    columns = dict(efficiency=[1, 1, 1, 1])
     for (variant, seed), cell in cells.items():
         if (variant, seed) != ("rl_cap_2", 1):
-            made = row(variant, seed, (1, 1, 1, 1), **columns) | {"digest": cell.digest}
+            made = row(variant, seed, (1, 1, 1, 1)) | {"digest": cell.digest}
             row_file(cell, args).parent.mkdir(parents=True, exist_ok=True)
             row_file(cell, args).write_text(json.dumps(made))
     rows = collect_rows(cells, args)
     assert list(rows) == [("rl_et", 0), ("rl_cap_2", 0), ("rl_et", 1)]
     stored = [r for _, r in read_jsonl(Path(flags["results"]) / "rows.jsonl")]
     assert {(r["variant"], r["seed"]) for r in stored} == set(rows)
-    claims.write_report({"et_beats_cap": CLAIMS["et_beats_cap"]}, cells, rows, args)
+    write_report(Path(flags["results"]), {"et_beats_cap": CLAIMS["et_beats_cap"]}, rows, 2, 4)
     report = (Path(flags["results"]) / "report.md").read_text()
-    assert "Not run: rl_cap_2/1." in report and "undecided (1 of 2 seeds)" in report
+    assert "variant/seeds: rl_cap_2/1." in report and "undecided (1 of 2 seeds)" in report and "3 of 4 cells" in report
     assert "rl_cap_2/1" in claims.listing({"et_beats_cap": CLAIMS["et_beats_cap"]}, cells, rows)
     elsewhere = claims.Args(**vars(args) | {"output_dir": flags["output_dir"] + "2"})  # the rows alone are enough
     assert collect_rows(cells_of(CLAIMS, elsewhere), elsewhere) == rows
@@ -172,16 +189,16 @@ def test_report_and_rows_file(flags):
 
 def test_running_one_claim_keeps_the_others_in_the_report(flags):
     flags |= dict(seeds=1)
-    columns = dict(efficiency=[1, 1, 1, 1])
     for name in ("et_beats_cap", "en_sparse_oracle"):
         args = claims.Args(only=[name], **flags)
         cells = cells_of({name: CLAIMS[name]}, args)
         row_file(next(iter(cells.values())), args).parent.mkdir(parents=True, exist_ok=True)
         for (variant, seed), cell in cells.items():
-            made = row(variant, seed, (1, 1, 1, 1), **columns) | {"digest": cell.digest}
+            made = row(variant, seed, (1, 1, 1, 1)) | {"digest": cell.digest}
             row_file(cell, args).write_text(json.dumps(made))
         assert list(claims.main(args)) == [name]
     report = (Path(flags["results"]) / "report.md").read_text()
+    assert all((Path(flags["results"]) / name).stat().st_size > 10_000 for name in ("calls.png", "modes.png"))
     assert "## et_beats_cap" in report and "## en_sparse_oracle" in report and "## at_collapse" not in report
 
 
@@ -278,15 +295,14 @@ def kill_in_training(args, folders):
     assert not list(Path(args.output_dir).glob("rows/*"))
 
 
-def test_hard_items_are_those_the_base_gets_wrong_without_thinking(tmp_path):
+def test_hard_items_are_those_the_base_gets_wrong_without_thinking():
     """Right samples of 4: a 4, b 2 (not fewer than half), c 1, d 0."""
     rows = [
         Trajectory(name, i, "think", [1, 1], 1, [0, 1], True, f"<answer>{8 - (i < right)}</answer>", [], [], "eos", "7")
         for name, right in (("a", 4), ("b", 2), ("c", 1), ("d", 0))
         for i in range(4)
     ]
-    save_trajectories(tmp_path / "probe.jsonl", rows)
-    assert hard_ids(str(tmp_path / "probe.jsonl")) == {"c", "d"}
+    assert hard_ids(rows) == {"c", "d"}
 
 
 def test_a_row_has_one_value_per_question():
@@ -298,9 +314,11 @@ def test_a_row_has_one_value_per_question():
     ]  # fmt: skip
     found = measure(made, {"q1"})
     assert found["questions"] == {
-        "correctness": [0.0, 1.0, 1.0], "efficiency": [0.0, 0.5, 1.0], "calls": [0, 2, 0], "redundant": [0, 1, 0],
-        "insufficient": [1, 0, 0], "tokens": [2, 2, 2], "thinking": [1, 1, 1], "hard": [1, 0, 0], "easy": [0, 1, 1],
+        "correctness": "011", "calls": "020", "redundant": "010", "insufficient": "100", "tokens": "222",
+        "thinking": "111", "hard": "100",
     }  # fmt: skip
+    assert [column(found, name) for name in ("efficiency", "easy", "tokens")] == [[0, 0.5, 1], [0, 1, 1], [2, 2, 2]]
+    assert compact([3, 10, 1]) == [3, 10, 1] and compact([0.5, 1.0]) == [0.5, 1.0]  # not all of them digits
     assert found["metrics"]["correctness"] == pytest.approx(2 / 3)
     assert found["asked"] == measure(made[::-1], None)["asked"] != measure(made[:2], None)["asked"]
 

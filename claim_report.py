@@ -1,0 +1,200 @@
+"""The report of the claims, made from their rows alone: what held, by how much, and what was not run (claims.py).
+
+report.md: an overview of all claims; of every claim that has a row the differences of its pairs and the metrics of
+its variants; two figures.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean, stdev
+
+from claim_cells import column
+from claim_list import VARIANTS, WORLDS, Claim
+from common import table, write_text
+from eval.entropy_pilot import LABELS
+from eval.figures import pyplot, save
+from eval.intervals import Interval, paired_interval, verdict
+from trajectory import DataError
+
+Rows = dict[tuple[str, int], dict]  # (variant, seed) -> its row of rows.jsonl
+TOOL_METRICS = ("correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking")
+MODE_METRICS = ("correctness", "correctness|easy", "correctness|hard", "thinking|easy", "thinking|hard", "tokens")
+COLLAPSED = 0.1  # thinking on hard items below which a policy has collapsed
+WORDS = ("holds", "fails", "undecided", "not run")
+ENDS = ("sums_35", "sums_85")  # worlds of the figure on modes
+DRAWN = ("none_none", "none_decoupled", "majority_none", "majority_decoupled", "correct", "length")  # its variants
+
+
+def write_report(
+    folder: Path, claims: dict[str, Claim], rows: Rows, seeds: int, questions: int
+) -> dict[str, list[str]]:
+    """Write folder/report.md and its figures; returns claim -> verdicts of its pairs, in words."""
+    found = {name: [decide(claim, pair, rows, seeds) for pair in claim.pairs] for name, claim in claims.items()}
+    verdicts = {name: [line[-1] for line in lines] for name, lines in found.items()}
+    variants = variants_of(claims.values())
+    commits = sorted({row["commit"] for row in rows.values()})
+    counts = {name: [sum(v.startswith(word) for v in verdicts[name]) for word in WORDS] for name in claims}
+    decided = sum(sum(row[:3]) for row in counts.values())
+    overview = [[name, claim.says, *(n or "" for n in counts[name])] for name, claim in claims.items()]
+    parts = [
+        "# Claims", "",
+        f"- {len(rows)} of {len(variants) * seeds} cells; commits {', '.join(commits) or 'none'}",
+        f"- {seeds} paired seeds, {questions} held-out questions, the same for all cells of a world",
+        "- difference: first variant minus second, mean [95 % interval over seeds and questions]; the rule of the "
+        "verdict is in eval/intervals.py, the thresholds are in claim_list.py",
+        f"- every interval stands for itself: of the {decided} pairs here, a twentieth would show a difference by "
+        "chance if there were none",
+        "", "Number of pairs by verdict:", "", table(["claim", "says", *WORDS], overview), "",
+        "![Calls and correctness](calls.png)", "", "![Thinking over the steps of training](modes.png)", "",
+    ]  # fmt: skip
+    for name, claim in claims.items():
+        if not any(variant in variants_of([claim]) for variant, _ in rows):
+            continue
+        rule = f"`{claim.metric}` {'higher' if claim.sign > 0 else 'lower'} by at least {claim.at_least:g}"
+        rule += "" if claim.margin is None else f", correctness lower by less than {claim.margin:g}"
+        parts += [f"## {name}", "", f"{claim.says} ({claim.where}). Holds if: {rule}.", ""]
+        head = ["first", "second", "seeds", in_words(claim.metric), "correctness", "verdict"]
+        parts += [table(head, found[name]), ""]
+        parts += [variants_table(claim, rows), ""]
+        if "2602.02050" in claim.where:
+            parts += ["Share of entropy-reducing calls and mean ΔH (nats) by what a call was worth:", ""]
+            parts += [calls_table(claim, rows), ""]
+    left = {v: [s for s in range(seeds) if (v, s) not in rows] for v in variants}
+    missing = [f"{v}/{','.join(map(str, numbers))}" for v, numbers in left.items() if numbers]
+    parts += ["## Not run", "", "Cells as variant/seeds: " + (" ".join(missing) or "none") + ".", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_calls(folder / "calls.png", rows)
+    draw_modes(folder / "modes.png", rows)
+    write_text(folder / "report.md", "\n".join(parts))
+    return verdicts
+
+
+def variants_of(claims: Iterable[Claim]) -> list[str]:
+    """The variants that the claims compare, each once, in their order."""
+    return list(dict.fromkeys(v for claim in claims for pair in claim.pairs for v in pair))
+
+
+def in_words(metric: str) -> str:
+    """A metric as a table's head: the bar of "column|subset" would end the cell."""
+    return metric.replace("|", " on ")
+
+
+# ---------------------------------------------------------------------------------------------------- verdicts
+
+
+def decide(claim: Claim, pair: tuple[str, str], rows: Rows, seeds: int) -> list:
+    """One line of a claim's table: differences over the seeds that both variants have, and the verdict.
+
+    Fewer seeds than asked for leave it undecided. DataError if the two were not asked the same questions.
+    """
+    shared = [s for s in range(seeds) if all((variant, s) in rows for variant in pair)]
+    if not shared:
+        return [*pair, 0, "", "", "not run"]
+    first, second = ([rows[variant, s] for s in shared] for variant in pair)
+    if len({row["asked"] for row in first + second}) > 1:
+        raise DataError(f"{pair[0]} and {pair[1]} were evaluated on different questions")
+    effect = difference(first, second, claim.metric)
+    correctness = difference(first, second, "correctness")
+    signed = effect if claim.sign > 0 else Interval(-effect.mean, -effect.high, -effect.low)
+    found = verdict(signed, claim.at_least, None if claim.margin is None else correctness, claim.margin or 0.0)
+    word = found if len(shared) == seeds else f"undecided ({len(shared)} of {seeds} seeds)"
+    return [*pair, len(shared), _shown(effect), _shown(correctness), word]
+
+
+def difference(first: list[dict], second: list[dict], metric: str) -> Interval:
+    """Interval of a metric's paired difference over the seeds' rows."""
+    return paired_interval([values(row, metric) for row in first], [values(row, metric) for row in second])
+
+
+def values(row: dict, metric: str) -> list[float]:
+    """A metric of every held-out question of a row; "column|subset" takes only the questions of the subset."""
+    name, _, subset = metric.partition("|")
+    found = column(row, name)
+    return [value for value, keep in zip(found, column(row, subset)) if keep] if subset else found
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+# ---------------------------------------------------------------------------------------------------- variants
+
+
+def seeds_of(variant: str, rows: Rows) -> list[dict]:
+    """The rows of a variant, by seed."""
+    return [row for (name, _), row in sorted(rows.items(), key=lambda item: item[0]) if name == variant]
+
+
+def variants_table(claim: Claim, rows: Rows) -> str:
+    """Mean ± standard deviation over the seeds of each variant of a claim that has rows.
+
+    On sums also how many seeds collapsed, and the share of groups without signal at the last step.
+    """
+    sums = WORLDS[VARIANTS[claim.pairs[0][0]].world].easy_share is not None
+    metrics, lines = MODE_METRICS if sums else TOOL_METRICS, []
+    for variant in variants_of([claim]):
+        if not (mine := seeds_of(variant, rows)):
+            continue
+        line = [variant, len(mine)]
+        for metric in metrics:
+            means = [fmean(values(row, metric)) for row in mine]
+            line.append(f"{fmean(means):.3f}" + (f" ± {stdev(means):.3f}" if len(means) > 1 else ""))
+        if sums:
+            silent = [row["curves"]["frac_reward_zero_std"][-1] for row in mine if row["curves"]]
+            line.append(sum(fmean(values(row, "thinking|hard")) < COLLAPSED for row in mine))
+            line.append(fmean(silent) if silent else "")
+        lines.append(line)
+    names = [*map(in_words, metrics), *(("collapsed", "groups without signal") if sums else ())]
+    return table(["variant", "seeds", *names], lines)
+
+
+def calls_table(claim: Claim, rows: Rows) -> str:
+    """How entropy changed over the calls of each variant's evaluation, mean over the seeds [PAPERS C1]."""
+    lines = []
+    for variant in variants_of([claim]):
+        mine = [row["entropy"] for row in seeds_of(variant, rows) if "entropy" in row]
+        line = [variant, len(mine)]
+        for label in LABELS:
+            found = [e["label"][label] for e in mine if e["label"].get(label, {}).get("change") is not None]
+            means = [fmean(f[key] for f in found) for key in ("reducing", "change")] if found else []
+            line.append("{:.2f}, {:+.3f}".format(*means) if means else "")
+        areas = [e["auc_needed"]["value"] for e in mine if e["auc_needed"]["value"] is not None]
+        lines.append([*line, fmean(areas) if areas else ""])
+    return table(["variant", "seeds", *LABELS, "AUC of −ΔH for needed"], lines)
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+
+def draw_calls(path: Path, rows: Rows) -> None:
+    """Tool calls and correctness of every variant with tools, mean over its seeds; one panel per world."""
+    worlds = ("noisy", "plain")
+    figure, axes = pyplot().subplots(1, len(worlds), figsize=(13, 5))
+    for axis, world in zip(axes, worlds):
+        for variant in dict.fromkeys(name for name, _ in rows if VARIANTS[name].world == world):
+            mine = seeds_of(variant, rows)
+            point = [fmean(fmean(values(row, metric)) for row in mine) for metric in ("calls", "correctness")]
+            axis.scatter(*point, s=18)
+            axis.annotate(variant.removesuffix("_plain"), point, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set_title(f"{world} world", fontsize=10)
+        axis.set_xlabel("tool calls per question")
+        axis.set_ylabel("correctness")
+    save(figure, path)
+
+
+def draw_modes(path: Path, rows: Rows) -> None:
+    """Thinking rate and entropy of the mode decision over the steps, mean over the seeds that have the curve."""
+    figure, axes = pyplot().subplots(2, len(ENDS), figsize=(11, 6), sharex=True)
+    curves = (("think_rate", "thinking rate"), ("entropy/decision", "entropy of the mode decision (nats)"))
+    for at, world in enumerate(ENDS):
+        share = world.removeprefix("sums_")
+        for (key, label), axis in zip(curves, axes[:, at]):
+            for name in DRAWN:
+                found = [row["curves"] for row in seeds_of(f"at_{share}_{name}", rows) if key in row["curves"]]
+                if found:
+                    axis.plot(found[0]["step"], [fmean(v) for v in zip(*(c[key] for c in found))], label=name)
+                    axis.legend(frameon=False, fontsize=7)
+            axis.set_ylabel(label)
+        axes[0, at].set_title(f"{share} % easy sums in training", fontsize=10)
+        axes[1, at].set_xlabel("step")
+    save(figure, path)
