@@ -135,9 +135,9 @@ def round_folder(job: Job, r: int) -> str:
 def autotool(job: Job) -> dict:
     """AutoTool on running sums [2603.13348; PAPERS B]: {"sums": {stage: {"all", "easy", "hard"}}}.
 
-    think, no_think: the base in a forced mode. autotool: warm-up, refined data, asymmetric reward and the decoupled
-    constraint; unrefined: on all training sums; unconstrained: without the constraint; no_warmup: from the base,
-    without it either.
+    think, no_think: the base in a forced mode; oracle: told to think on the hard ones only. autotool: warm-up, refined
+    data, asymmetric reward and the decoupled constraint; unrefined: on all training sums; unconstrained: without the
+    constraint; no_warmup: from the base, without it either.
     """
     base, train, held_out = job.base, job.questions("sums"), job.questions("sums-eval")
     probe = job.sample("sums-probe", base, held_out, mode="no_think", num_generations=PROBES)
@@ -159,9 +159,11 @@ def autotool(job: Job) -> dict:
         "unconstrained": (job.rl("autotool_unconstrained", warm, refined, **rl), "auto"),
         "no_warmup": (job.rl("autotool_no_warmup", base, refined, **rl), "auto"),
     }
+    samples = {s: job.sample(f"sums-{s}", model, held_out, mode=mode) for s, (model, mode) in stages.items()}
+    samples["oracle"] = [t for t in samples["think"] if t.question_id in hard]
+    samples["oracle"] += [t for t in samples["no_think"] if t.question_id not in hard]
     metrics = {}
-    for stage, (model, mode) in stages.items():
-        sampled = job.sample(f"sums-{stage}", model, held_out, mode=mode)
+    for stage, sampled in samples.items():
         parts = {
             "all": sampled,
             "easy": [t for t in sampled if t.question_id not in hard],

@@ -31,7 +31,7 @@ from trajectory import DataError
 A = TypeVar("A")
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "math-verify", "bm25s")
 # may differ when a run goes on
-NOT_CONFIG = {"overwrite", "report_to", "resume_from_checkpoint", "max_minutes", "dry_run", "dry_run_gb", "base_url"}
+NOT_CONFIG = {"overwrite", "report_to", "resume_from_checkpoint", "dry_run", "dry_run_gb", "base_url", "workers"}
 
 
 def arg(default: Any, help: str) -> Any:

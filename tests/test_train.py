@@ -3,6 +3,7 @@
     python -m pytest tests/test_train.py
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -401,6 +402,18 @@ def test_training_moves_the_policy_and_finished_runs_stay(flags, capsys):
     assert "finished before" in capsys.readouterr().out
     with pytest.raises(common.DataError, match="holds a run with --learning_rate 0.02, not 0.01"):
         run_rl(flags, learning_rate=0.01, max_steps=20)
+
+
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path):
+    @dataclasses.dataclass
+    class Args(common.RunArgs):
+        workers: int = 1
+        seeds: int = 1
+
+    common.start_run(Args(output_dir=str(tmp_path / "run"), workers=2))
+    common.start_run(Args(output_dir=str(tmp_path / "run"), workers=1))
+    with pytest.raises(common.DataError, match="holds a run with --seeds 1, not 2"):
+        common.start_run(Args(output_dir=str(tmp_path / "run"), seeds=2))
 
 
 def command(script, flags):
