@@ -63,7 +63,8 @@ class Job(NamedTuple):
         """The adapter folder of a GRPO run."""
         own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / stage), seed=self.seed)
         print(f"== {stage}", flush=True)
-        train_rl.main(train_rl.Args(**self.shared | dict(max_steps=self.args.max_steps) | own | flags))
+        own |= dict(max_steps=self.args.max_steps, rollout_dtype="float32")
+        train_rl.main(train_rl.Args(**self.shared | own | flags))
         return own["output_dir"]
 
     def sft(self, stage: str, start: str, data: str, steps: int, **flags: Any) -> str:
@@ -121,6 +122,7 @@ def et_agent_whole(job: Job) -> dict:
     own = dict(model_name_or_path=models["rft"], data=train, limit=args.select_questions, seed=job.seed)
     own |= dict(num_questions=args.select_questions // 2, select_generations=8, rounds=ROUNDS)
     own |= dict(sigma_tool=args.sigma_tool, sigma_length=args.sigma_length, max_steps=args.round_steps)
+    own |= dict(rollout_dtype="float32")
     done = len(curriculum.main(curriculum.Args(**job.shared | own, output_dir=str(folder)))["rounds"])
     for r in range(1, ROUNDS + 1):  # a round with too little left to learn ends the curriculum: the policy stays
         models[f"rl_round_{r}"] = round_folder(job, min(r, done))
@@ -199,7 +201,7 @@ CHAINS: dict[str, Callable[[Job], dict]] = {  # long ones first
 
 
 def analyses(job: Job) -> dict:
-    """Beside the metrics, for one seed: what calls do to entropy, what hints repair, where stages act [PAPERS A6, C1]."""
+    """For one seed: what calls do to entropy, what hints repair, where the stages act [PAPERS A6, C1]."""
     folder, last = job.folder.parent / "analyses", f"rl_round_{ROUNDS}"
     sampled = {stage: str(job.folder / f"{stage}.jsonl") for stage in STAGES}
     behaviour.main([sampled["base"], "--entropy", "--model_name_or_path", job.base, "--output", str(folder)])

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ import rollout
 from claim_list import VARIANTS, WORLDS, Variant
 from common import commit, write_text
 from curriculum import adapter_of
-from data.world import World, questions
+from data.world import EASY_TERMS, World, questions
 from data.world_noise import MIX
 from eval.behaviour import insufficient, redundant_calls
 from eval.entropy_pilot import analyse, fill_entropies
@@ -34,12 +35,12 @@ from experiment import EVAL_SEED, PROBES, SAMPLING, hard_ids
 from tools.search import SearchIndex
 from trajectory import DataError, Trajectory, load_trajectories, write_jsonl
 
-EASY_TERMS = 6  # sums of so many terms or fewer are the easy ones of a training mix, as in data.world --easy_terms
 TRAINING = ("train_rl", "train_sft", "curriculum")  # scripts whose folder is the model of the stages after them
 CURVES = ("reward", "rewards/correct/mean", "rewards/reducing/mean", "tools/call_frequency", "completions/mean_length",
-          "entropy", "entropy/decision", "think_rate", "frac_reward_zero_std", "beta_long")  # fmt: skip
+          "entropy", "entropy/decision", "think_rate", "think_rate/long", "frac_reward_zero_std", "beta_long",
+          "rollout/tokens_saved")  # fmt: skip
 FILES = ("rollout", "selection", "refine")  # scripts whose --output is a file, not a folder
-EVERY = 10  # steps between the points of a row's curves
+EVERY = 10  # steps that a point of a row's curves is the mean of
 
 
 class Job(NamedTuple):
@@ -141,7 +142,10 @@ def run_cell(cell: Cell, args: Any) -> dict:
     if any(t.tool_calls for t in trajectories):  # ΔH of the calls under the model that made them [PAPERS C1]
         torch.set_num_threads(1)  # as in the stages, which may all have been finished before
         fill_entropies(trajectories, adapter_of(cell.jobs[-1].flags["model_name_or_path"]))
-        row["entropy"] = analyse(trajectories, [score(t)[0] for t in trajectories])[0]
+        own = next((job.flags for job in cell.jobs[::-1] if "delta_margin" in job.flags), {})
+        how = {("reasoning", 0.0), (own.get("segment", "reasoning"), own.get("delta_margin", 0.0))}
+        scores = [score(t)[0] for t in trajectories]
+        row["entropy"] = [analyse(trajectories, scores, *settings)[0] for settings in sorted(how)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(row) + "\n")
     return row
@@ -260,13 +264,17 @@ def column(row: dict, name: str) -> list[float]:
 
 
 def curves(jobs: list[Job]) -> dict[str, list]:
-    """Training metrics of the last RL stage (of a curriculum: its last round), at every EVERY-th step and the last."""
+    """Training metrics of the last RL stage (of a curriculum: its last round), means over windows of EVERY steps.
+
+    `step`: the last of each window. A metric that no step of a window has is None there.
+    """
     stages = [job.folder for job in jobs if job.script in ("train_rl", "curriculum")]
     if not stages:
         return {}
     *_, folder = [stages[-1], *sorted(stages[-1].glob("round-*/rl"))]
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    points = [row for row in log if row["step"] % EVERY == 1 or row is log[-1]]
-    return {"step": [row["step"] for row in points]} | {
-        key: [round(row[key], 4) for row in points] for key in CURVES if key in log[0]
+    windows = [log[at : at + EVERY] for at in range(0, len(log), EVERY)]
+    found = {key: [[row[key] for row in w if key in row] for w in windows] for key in CURVES}
+    return {"step": [w[-1]["step"] for w in windows]} | {
+        key: [round(fmean(v), 4) if v else None for v in values] for key, values in found.items() if any(values)
     }

@@ -78,12 +78,14 @@ def rl(steps: int = 80, **flags: Any) -> Stage:
 # ---------------------------------------------------------------------------------------------------- ET-Agent
 
 ET = {"reward": "et_agent", "sigma_tool": 0.5, "sigma_length": 0.1}
+NO_BEHAVIOUR = ET | {"sigma_tool": 0.0, "sigma_length": 0.0}  # S and the format term, with the same weights as in ET
 SFT = {"per_device_train_batch_size": 16, "max_steps": 60, "save_steps": 20}
 FLYWHEEL = {"critic": "rule", "limit": 300}
 SELECTORS = ("pareto", "random", "s_corr_only", "s_tool_only")
 SIGMAS = {f"sigma_{sigma}_{advantage}": (sigma, advantage) for sigma in (0.1, 0.5, 2.0)
           for advantage in ("grpo", "grpo_no_std")}  # fmt: skip
 PENALTIES = (0.05, 0.1, 0.3)
+CAPS = (2, 3)
 
 
 def rft(**flags: Any) -> tuple[Stage, Stage]:
@@ -92,19 +94,19 @@ def rft(**flags: Any) -> tuple[Stage, Stage]:
     return flywheel, Stage("rft", "train_sft", {**SFT, "data": "{flywheel}/rft.jsonl"}, 0.5)
 
 
-def curriculum(selector: str) -> Stage:
+def curriculum(selector: str, schedule: str = "round") -> Stage:
     """Three rounds of 16 samples of 300 questions, 60 chosen, 30 RL steps on them; σ halves from round to round."""
     flags = {"limit": 300, "selector": selector, "num_questions": 60, "max_steps": 30, "save_steps": 10}
-    return Stage("curriculum", "curriculum", {**ET, **flags, "sigma_schedule": "round"}, 5.5)
+    return Stage("curriculum", "curriculum", {**ET, **flags, "sigma_schedule": schedule}, 5.5)
 
 
-FRESH = rft(rounds=0, num_generations=10)  # as many samples as 1 + 3 rounds of 3 may give, without any edit
+FRESH = rft(rounds=0, num_generations=5)  # one flywheel sampled 240 and added 901 trajectories of 240 questions
 NO_HINT = ["redundant_modification", "global_refinement", "self_correction"]
 
 for world in ("noisy", "plain"):
     at = "" if world == "noisy" else "_plain"
     declare(f"base{at}", world)
-    declare(f"rl_correct{at}", world, rl(reward="correct"))
+    declare(f"rl_correct{at}", world, rl(**NO_BEHAVIOUR))
     declare(f"rl_et{at}", world, rl(**ET))
 declare("rft", "noisy", *rft())
 declare("rft_fresh", "noisy", *FRESH)
@@ -112,13 +114,16 @@ declare("rft_rl_et", "noisy", *rft(), rl(**ET))
 declare("rft_fresh_rl_et", "noisy", *FRESH, rl(**ET))
 for selector in SELECTORS:
     declare(f"rft_curriculum_{selector}", "noisy", *rft(), curriculum(selector))
+declare("rft_curriculum_fixed", "noisy", *rft(), curriculum("pareto", "fixed"))
 for name, (sigma, advantage) in SIGMAS.items():
     flags = {"reward": "et_agent", "sigma_tool": sigma, "sigma_length": sigma, "advantage": advantage}
     declare(name, "noisy", rl(**flags))
     declare(f"{name}_falling", "noisy", rl(**flags, sigma_schedule="linear"))
 for penalty in PENALTIES:
     declare(f"rl_price_{penalty}", "noisy", rl(reward="calls_penalty", call_penalty=penalty))
-declare("rl_cap_2", "noisy", rl(reward="correct", max_tool_calling_iterations=2))
+for cap in CAPS:
+    calls = {"max_tool_calling_iterations": cap}
+    declare(f"rl_cap_{cap}", "noisy", rl(**NO_BEHAVIOUR, **calls), **calls)
 for branching in ("arpo", "random"):
     declare(f"rl_et_{branching}", "noisy", rl(**ET, branching=branching))
 declare("rft_no_hint", "noisy", *rft(operators=NO_HINT))
@@ -136,6 +141,8 @@ REGULARISERS = {
     "adaptive": {"entropy_regulariser": "adaptive", "entropy_target": "relative"},
     "decoupled": {"entropy_regulariser": "decoupled", "entropy_target": "relative"},
     "decoupled_short": {"entropy_regulariser": "decoupled", "entropy_target": "relative", "beta_short": 0.01},
+    "decoupled_frozen": {"entropy_regulariser": "decoupled", "entropy_target": "relative", "beta_lr": 0.0},
+    "decoupled_strong": {"entropy_regulariser": "decoupled", "entropy_target": "relative", "beta_long": 0.1},
 }
 AT_RATE = 5e-4  # at 2e-3 every variant had decided for one mode within 20 steps, in one trial each
 
@@ -145,6 +152,7 @@ def at_rl(**flags: Any) -> Stage:
     return rl(AT_STEPS, learning_rate=AT_RATE, **flags)
 
 
+REFINEMENTS = ("epochs_low", "rollouts_low", "rollouts_high", "random")
 PROBE_STEPS = (10, 20, 30, 40)  # checkpoints of a short run that data refinement looks at
 
 
@@ -159,8 +167,8 @@ def warm(rule: str) -> tuple[Stage, ...]:
 
 def refined(how: str) -> tuple[Stage, ...]:
     """A third of 900 questions, chosen from probes of a short run's checkpoints, for the RL stage after them."""
-    short = Stage("probe_rl", "train_rl", {"reward": "autotool", "max_steps": PROBE_STEPS[-1], "save_steps": 10,
-                                           "learning_rate": AT_RATE, "save_total_limit": 0, "limit": 900}, 0.8)  # fmt: skip
+    flags = {"max_steps": PROBE_STEPS[-1], "save_steps": 10, "save_total_limit": 0, "limit": 900}
+    short = Stage("probe_rl", "train_rl", {"reward": "autotool", "learning_rate": AT_RATE, **flags}, 0.8)
     probes = [
         Stage(f"probe_{n}", "rollout", {"model_name_or_path": "{probe_rl}/checkpoint-" + str(n), "limit": 900}, 1.5)
         for n in PROBE_STEPS
@@ -188,27 +196,30 @@ for share in (35, 85):
         for regulariser in REGULARISERS:
             at(rule, share, regulariser)
     declare(f"at_{share}_correct", f"sums_{share}", at_rl(reward="correct"))
-    declare(f"at_{share}_length", f"sums_{share}", at_rl(reward="length_penalty"))
-    for how in ("epochs_low", "random"):
-        start = {"model_name_or_path": "{base}", "data": "{refine}"}  # not from the probe run
+    limit = {"max_completion_length": 64}  # no answer on sums is longer; the penalty is a share of it
+    declare(f"at_{share}_length", f"sums_{share}", at_rl(reward="length_penalty", **limit))
+    for how in REFINEMENTS:
+        start = {"model_name_or_path": "{warm}", "data": "{refine}"}  # not from the probe run
         stage = at_rl(reward="autotool", **start, **REGULARISERS["decoupled"])
-        declare(f"at_{share}_refine_{how}", f"sums_{share}", *refined(how), stage)
+        declare(f"at_{share}_refine_{how}", f"sums_{share}", *warm("majority"), *refined(how), stage)
 
 # ---------------------------------------------------------------------------------------------------- entropy
 
 SEGMENTS = ("reasoning", "with_call", "think")
 MARGINS = (0.0, 0.02, 0.1, 0.3)
 KL = {"beta": 1e-3}
+THINK = {"mode": "think"}  # as the models of the paper; without thinking, the thought between two calls is empty
 
 
 def entropy(name: str, world: str = "noisy", **flags: Any) -> str:
-    """RL with the KL to the start that both entropy rewards have."""
+    """RL with the KL to the start that both entropy rewards have, thinking always; evaluated alike."""
     dense = {"advantage": "entropy_dense"} if flags["reward"] == "entropy_dense" else {}
-    return declare(name, world, rl(**KL, **dense, **flags))
+    return declare(name, world, rl(**KL, **THINK, **dense, **flags), **THINK)
 
 
 for world in ("noisy", "plain"):
     suffix = "" if world == "noisy" else "_plain"
+    declare(f"en_base{suffix}", world, **THINK)
     entropy(f"en_correct{suffix}", world, reward="correct")
     for segment in SEGMENTS if world == "noisy" else SEGMENTS[:1]:
         for margin in MARGINS if world == "noisy" else MARGINS[:1]:
@@ -253,6 +264,9 @@ CLAIMS = {
     "et_against_start": Claim(
         "2601.06860, main table", "training with the behaviour reward raises efficiency over the model it starts from",
         "efficiency", +1, 0.05, MARGIN, (("rl_et", "base"), ("rl_et_plain", "base_plain"))),
+    "en_against_start": Claim(
+        "2602.02050, main table", "the sparse entropy reward cuts tool calls below those of the model it starts from",
+        "calls", -1, 0.1, MARGIN, tuple((SPARSE + w, "en_base" + w) for w in BOTH)),
     "at_fewer_tokens": Claim(
         "2603.13348, main table", "AutoTool writes fewer tokens than a model that always thinks, no less accurate",
         "tokens", -1, 1.0, MARGIN, shares("majority_decoupled", "always_think")),
@@ -264,8 +278,8 @@ CLAIMS = {
         "efficiency", +1, 0.0, MARGIN,
         tuple(("rft_curriculum_pareto", f"rft_curriculum_{other}") for other in SELECTORS[1:])),
     "et_fixed_sigma": Claim(
-        "2601.06860, sec. 5", "a fixed weight of the behaviour terms costs correctness against one that falls to 0",
-        "correctness", -1, 0.01, None, tuple((name, f"{name}_falling") for name in SIGMAS)),
+        "2601.06860, ablations", "σ that does not fall from round to round costs correctness",
+        "correctness", -1, 0.01, None, (("rft_curriculum_fixed", "rft_curriculum_pareto"),)),
     # --- what does it
     "en_sparse_controls": Claim(
         "control", "the sign of the entropy change does more than random marks, a frozen model's, or a price on calls",
@@ -284,6 +298,9 @@ CLAIMS = {
     "at_constraint": Claim(
         "2603.13348, method", "the decoupled constraint alone keeps thinking on hard items",
         "thinking|hard", +1, 0.3, MARGIN, shares("none_decoupled", "none_none")),
+    "at_constraint_after_warmup": Claim(
+        "2603.13348, method", "the decoupled constraint adds thinking on hard items to what the warm-up keeps",
+        "thinking|hard", +1, 0.05, MARGIN, shares("majority_decoupled", "majority_none")),
     "at_easy": Claim(
         "2603.13348, main table", "AutoTool thinks less on easy items than the base does",
         "thinking|easy", -1, 0.1, MARGIN, tuple((f"at_{s}_majority_decoupled", "at_base") for s in SHARES)),
@@ -292,16 +309,13 @@ CLAIMS = {
         "correctness", +1, 0.05, None, shares("majority_decoupled", "always_no_think")),
     "at_length_penalty": Claim(
         "2603.13348, finding", "a price on length does not cure the collapse",
-        "thinking|hard", +1, 0.3, MARGIN, shares("majority_decoupled", "length", ENDS)),
-    "at_refinement": Claim(
-        "2603.13348, ablations", "training on the steadiest questions raises accuracy over random ones",
-        "correctness", +1, 0.01, None, shares("refine_epochs_low", "refine_random", ENDS)),
+        "thinking|hard", -1, 0.3, None, tuple((f"at_{s}_length", "at_base") for s in ENDS)),
     "et_beats_price": Claim(
         "control", "the behaviour reward is more than a price on calls",
         "efficiency", +1, 0.0, MARGIN, tuple(("rl_et", f"rl_price_{p}") for p in PENALTIES)),
     "et_beats_cap": Claim(
         "control", "the behaviour reward is more than a hard cap on calls",
-        "efficiency", +1, 0.0, MARGIN, (("rl_et", "rl_cap_2"),)),
+        "efficiency", +1, 0.0, MARGIN, tuple(("rl_et", f"rl_cap_{cap}") for cap in CAPS)),
     "et_branching": Claim(
         "2507.19849", "branching where entropy rises teaches more than branching at random or none",
         "efficiency", +1, 0.0, MARGIN, (("rl_et_arpo", "rl_et_random"), ("rl_et_arpo", "rl_et"))),
@@ -311,7 +325,21 @@ CLAIMS = {
     "et_critic": Claim(
         "control", "a critic that knows the needed calls beats one that reads entropies only",
         "efficiency", +1, 0.0, MARGIN, (("rft", "rft_entropy_critic"),)),
+    "at_refinement": Claim(
+        "2603.13348, ablations", "training on the steadiest questions raises accuracy over all, or random ones",
+        "correctness", +1, 0.01, None,
+        shares("refine_epochs_low", "majority_decoupled", ENDS) + shares("refine_epochs_low", "refine_random", ENDS)),
+    "at_refinement_rollouts": Claim(
+        "head-to-head of 2603.13348 and 2601.06860", "questions whose rollouts vary less teach more than the opposite",
+        "correctness", +1, 0.01, None, shares("refine_rollouts_low", "refine_rollouts_high", ENDS)),
     # --- long sweeps
+    "et_sigma_sweep": Claim(
+        "2601.06860, sec. 5", "within one run, a fixed σ costs correctness against one that falls to 0",
+        "correctness", -1, 0.01, None, tuple((name, f"{name}_falling") for name in SIGMAS)),
+    "at_strong_constraint": Claim(
+        "control", "the decoupled constraint keeps thinking if its coefficient starts at the best fixed value",
+        "thinking|hard", +1, 0.3, MARGIN, tuple(
+            (f"at_{s}_{rule}_decoupled_strong", f"at_{s}_{rule}_none") for rule in ("none", "majority") for s in ENDS)),
     "at_decoupling": Claim(
         "2603.13348, ablations", "two coefficients are better than one for both modes",
         "correctness", +1, 0.01, None, tuple(
@@ -319,8 +347,9 @@ CLAIMS = {
     "at_adaptation": Claim(
         "2603.13348, ablations", "a learned coefficient is better than any fixed one",
         "correctness", +1, 0.01, None, tuple(
-            pair for rule in ("majority", "none") for coefficient in ("0.01", "0.1", "0.3")
-            for pair in shares(f"{rule}_decoupled", f"{rule}_constant_{coefficient}", ENDS))),
+            pair for rule in ("majority", "none")
+            for other in ("decoupled_frozen", "constant_0.01", "constant_0.1", "constant_0.3")
+            for pair in shares(f"{rule}_decoupled", f"{rule}_{other}", ENDS))),
     "at_short_coefficient": Claim(
         "2603.13348, ablations", "no entropy term on answers without thinking is better than a small one",
         "correctness", +1, 0.0, None, tuple(

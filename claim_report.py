@@ -56,8 +56,9 @@ def write_report(
         head = ["first", "second", "seeds", in_words(claim.metric), "correctness", "verdict"]
         parts += [table(head, found[name]), ""]
         parts += [variants_table(claim, rows), ""]
-        if "2602.02050" in claim.where:
-            parts += ["Share of entropy-reducing calls and mean ΔH (nats) by what a call was worth:", ""]
+        if name.startswith("en_"):
+            parts += ["By what a call was worth: share with ΔH below −margin, mean ΔH, mean H before it (nats), of the "
+                      "calls between two segments that are not empty:", ""]  # fmt: skip
             parts += [calls_table(claim, rows), ""]
     left = {v: [s for s in range(seeds) if (v, s) not in rows] for v in variants}
     missing = [f"{v}/{','.join(map(str, numbers))}" for v, numbers in left.items() if numbers]
@@ -128,7 +129,8 @@ def seeds_of(variant: str, rows: Rows) -> list[dict]:
 def variants_table(claim: Claim, rows: Rows) -> str:
     """Mean ± standard deviation over the seeds of each variant of a claim that has rows.
 
-    On sums also how many seeds collapsed, and the share of groups without signal at the last step.
+    On sums also how many seeds collapsed, and the share of groups without signal in the last steps; with branching
+    the share of sampled tokens that it saved.
     """
     sums = WORLDS[VARIANTS[claim.pairs[0][0]].world].easy_share is not None
     metrics, lines = MODE_METRICS if sums else TOOL_METRICS, []
@@ -139,28 +141,37 @@ def variants_table(claim: Claim, rows: Rows) -> str:
         for metric in metrics:
             means = [fmean(values(row, metric)) for row in mine]
             line.append(f"{fmean(means):.3f}" + (f" ± {stdev(means):.3f}" if len(means) > 1 else ""))
+        saved = [row["curves"].get("rollout/tokens_saved", [0])[-1] for row in mine]
+        line.append(fmean(saved) if any(saved) else "")
         if sums:
             silent = [row["curves"]["frac_reward_zero_std"][-1] for row in mine if row["curves"]]
             line.append(sum(fmean(values(row, "thinking|hard")) < COLLAPSED for row in mine))
             line.append(fmean(silent) if silent else "")
         lines.append(line)
-    names = [*map(in_words, metrics), *(("collapsed", "groups without signal") if sums else ())]
+    names = [*map(in_words, metrics), "tokens saved", *(("collapsed", "groups without signal") if sums else ())]
     return table(["variant", "seeds", *names], lines)
 
 
 def calls_table(claim: Claim, rows: Rows) -> str:
-    """How entropy changed over the calls of each variant's evaluation, mean over the seeds [PAPERS C1]."""
+    """How entropy changed over the calls of each variant's evaluation, mean over the seeds [PAPERS C1].
+
+    A line per segment and margin: as published, and as the variant was trained.
+    """
     lines = []
     for variant in variants_of([claim]):
-        mine = [row["entropy"] for row in seeds_of(variant, rows) if "entropy" in row]
-        line = [variant, len(mine)]
-        for label in LABELS:
-            found = [e["label"][label] for e in mine if e["label"].get(label, {}).get("change") is not None]
-            means = [fmean(f[key] for f in found) for key in ("reducing", "change")] if found else []
-            line.append("{:.2f}, {:+.3f}".format(*means) if means else "")
-        areas = [e["auc_needed"]["value"] for e in mine if e["auc_needed"]["value"] is not None]
-        lines.append([*line, fmean(areas) if areas else ""])
-    return table(["variant", "seeds", *LABELS, "AUC of −ΔH for needed"], lines)
+        analyses: dict[tuple, list[dict]] = {}
+        for row in seeds_of(variant, rows):
+            for e in row.get("entropy", []):
+                analyses.setdefault((e["segment"], e["delta_margin"]), []).append(e)
+        for settings, mine in analyses.items():
+            line = [variant, *settings, len(mine), fmean(e["all"]["empty"] / max(e["all"]["n"], 1) for e in mine)]
+            for label in LABELS:
+                found = [e["label"][label] for e in mine if e["label"].get(label, {}).get("change") is not None]
+                means = [fmean(f[key] for f in found) for key in ("reducing", "change", "before")] if found else []
+                line.append("{:.2f}, {:+.3f}, {:.3f}".format(*means) if means else "")
+            areas = [e["auc_needed"]["value"] for e in mine if e["auc_needed"]["value"] is not None]
+            lines.append([*line, fmean(areas) if areas else ""])
+    return table(["variant", "segment", "margin", "seeds", "empty", *LABELS, "AUC of −ΔH for needed"], lines)
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -185,14 +196,15 @@ def draw_calls(path: Path, rows: Rows) -> None:
 def draw_modes(path: Path, rows: Rows) -> None:
     """Thinking rate and entropy of the mode decision over the steps, mean over the seeds that have the curve."""
     figure, axes = pyplot().subplots(2, len(ENDS), figsize=(11, 6), sharex=True)
-    curves = (("think_rate", "thinking rate"), ("entropy/decision", "entropy of the mode decision (nats)"))
+    curves = (("think_rate/long", "thinking on long sums"), ("entropy/decision", "entropy of the decision (nats)"))
     for at, world in enumerate(ENDS):
         share = world.removeprefix("sums_")
         for (key, label), axis in zip(curves, axes[:, at]):
             for name in DRAWN:
                 found = [row["curves"] for row in seeds_of(f"at_{share}_{name}", rows) if key in row["curves"]]
                 if found:
-                    axis.plot(found[0]["step"], [fmean(v) for v in zip(*(c[key] for c in found))], label=name)
+                    points = [[v for v in window if v is not None] for window in zip(*(c[key] for c in found))]
+                    axis.plot(found[0]["step"], [fmean(p) if p else float("nan") for p in points], label=name)
                     axis.legend(frameon=False, fontsize=7)
             axis.set_ylabel(label)
         axes[0, at].set_title(f"{share} % easy sums in training", fontsize=10)

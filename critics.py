@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conversation import Draft, encode, render_prompt
 from data.questions import Question
+from data.world_text import WORDY
 from entropy import segment_entropies
 from eval.behaviour import call_labels, duplicate_calls, unused_calls
 from model import token_entropies
@@ -44,11 +45,11 @@ class Critic(NamedTuple):
 
 
 def rule_critic(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a: Any) -> Critic:
-    """No model: duplicates, unused results and the world's needed calls; failed calls and early answers."""
+    """No model: duplicates, unused results and the world's needed calls; failed calls and early answers; its filler."""
     return Critic(
         lambda ts: [_rule_redundant(t, steps_of(t, tokenizer)) for t in ts],
         lambda ts: [_rule_flawed(t, steps_of(t, tokenizer)) for t in ts],
-        lambda ts: [_without_repeated_sentences(t, steps_of(t, tokenizer)) for t in ts],
+        lambda ts: [_shorter_thoughts(t, steps_of(t, tokenizer), filler=WORDY) for t in ts],
     )
 
 
@@ -87,16 +88,20 @@ def _rule_flawed(t: Trajectory, steps: list[Step]) -> Finding | Refusal:
     return Finding(k, "") if steps and k is not None else "none"
 
 
-def _without_repeated_sentences(t: Trajectory, steps: list[Step]) -> list[str] | Refusal:
-    """Thoughts without the sentences that stood in an earlier thought or earlier in the same one."""
+def _shorter_thoughts(t: Trajectory, steps: list[Step], filler: tuple[str, ...] = ()) -> list[str] | Refusal:
+    """Thoughts without phrases of `filler`, and without sentences that stood earlier in a thought."""
     seen, texts, changed = set(), [], False
     for thought in thoughts_of(t, steps):
-        sentences = re.split(r"(?<=[.!?\n])\s+", thought.text.strip())
+        text = thought.text.strip()
+        for phrase in filler:
+            text = text.replace(phrase + " ", "")
+        sentences = re.split(r"(?<=[.!?\n])\s+", text)
         new = [s for i, s in enumerate(sentences) if s not in seen and s not in sentences[:i]]
         seen |= set(sentences)
-        shorter = 0 < len(new) < len(sentences)
+        text = " ".join(new) if len(new) < len(sentences) else text
+        shorter = 0 < len(text) < len(thought.text.strip())
         changed |= shorter
-        texts.append(" ".join(new) if shorter else thought.text)
+        texts.append(text if shorter else thought.text)
     return texts if changed else "none"
 
 
@@ -104,7 +109,7 @@ def _without_repeated_sentences(t: Trajectory, steps: list[Step]) -> list[str] |
 
 
 def entropy_critic(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a: Any) -> Critic:
-    """No prompts: token entropies of the policy itself (PAPERS C1); thoughts are shortened as by `rule`."""
+    """No prompts: token entropies of the policy itself (PAPERS C1); thoughts lose repeated sentences."""
 
     def redundant(t: Trajectory, steps: list[Step], H: list[float]) -> Finding | Refusal:
         k = next((k for k in range(len(H) - 1) if H[k + 1] - H[k] >= 0), None)
@@ -129,7 +134,7 @@ def entropy_critic(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a
     return Critic(
         lambda ts: each(redundant, ts),
         lambda ts: each(flawed, ts),
-        lambda ts: [_without_repeated_sentences(t, steps_of(t, tokenizer)) for t in ts],
+        lambda ts: [_shorter_thoughts(t, steps_of(t, tokenizer)) for t in ts],
     )
 
 

@@ -173,11 +173,15 @@ def first_entropy_state(a: Any) -> EntropyState:
 
 
 def with_targets(state: EntropyState, trajectories: list[Trajectory], a: Any) -> EntropyState:
-    """Relative targets that are not set yet: `--target_*` times the mean H_i of the mode's trajectories, if any."""
+    """Relative targets that are not set yet: `--target_*` times the mean H_i of the mode's trajectories, if any.
+
+    H_l is that of the think trajectories also for `adaptive`, which holds both modes to it [PAPERS B4].
+    """
     entropy, no_think = _modes(trajectories, a)
+    thinking = torch.tensor([t.mode == "think" for t in trajectories])
     for name, factor, members in (
         ("target_short", a.target_short, entropy[no_think]),
-        ("target_long", a.target_long, entropy[~no_think]),
+        ("target_long", a.target_long, entropy[thinking]),
     ):
         if isnan(getattr(state, name)) and not isnan(mean := members.nanmean().item()):
             state = replace(state, **{name: factor * mean})

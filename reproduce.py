@@ -15,6 +15,7 @@ Every part is a resumable folder under --output_dir; what is finished is not com
 
 import ctypes
 import json
+import math
 import os
 import signal
 import sys
@@ -97,7 +98,8 @@ def main(args: Args) -> dict:
         f"base {base}, {args.seeds} seed(s) from {args.seed}, {args.max_steps} steps of 12 questions × 8 trajectories "
         f"(rl_round_*: {args.round_steps} each), {args.eval_questions} held-out questions, temperature 1",
         f"ET-Agent reward with sigma_tool {args.sigma_tool}, sigma_length {args.sigma_length}, halved from round to "
-        "round in the curriculum; entropy rewards as published (margin 0)",
+        "round in the curriculum: one more call pays if it multiplies the probability of a right answer by more than "
+        f"e^(sigma_tool/2) = {math.exp(args.sigma_tool / 2):.2f}; entropy rewards as published (margin 0)",
         "single runs of a seed share base, questions and their order",
         "redundant, insufficient, conciseness: shares of trajectories; failed, redundant_calls: shares of calls; "
         "calls, tokens: means per trajectory; definitions in eval/behaviour.py",

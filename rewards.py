@@ -129,8 +129,11 @@ def _needed(t: Trajectory) -> list[bool]:
 
 
 def correct_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
-    """Outcome only: the correctness S_i, nothing for format or behaviour."""
-    return [{"total": float(s), "correct": float(s)} for s in correctness]
+    """Outcome only: the correctness S_i, 0 if malformed as in the entropy rewards; nothing for behaviour.
+
+    ET-Agent's reward without its behaviour terms is `et_agent` with both σ at 0: the same weight of the format term.
+    """
+    return [{"total": float(s * ok), "correct": float(s)} for s, ok in zip(correctness, formed)]
 
 
 def et_agent_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
@@ -155,10 +158,10 @@ def autotool_reward(group: list[Trajectory], correctness: list[float], formed: l
 
 
 def entropy_sparse_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
-    """Adapter: a malformed response scores S = 0; `reducing` = share of calls with I_k = 1, 0 without calls."""
+    """Adapter: a malformed response scores S = 0; `reducing` = share of calls with I_k = 1, absent without calls."""
     outcomes = [s * ok for s, ok in zip(correctness, formed)]
     return [
-        {"total": sparse(s, found), "correct": s, "reducing": fmean(found or [0])}
+        {"total": sparse(s, found), "correct": s} | _share(found)
         for s, found in zip(outcomes, call_indicators(group, a))
     ]
 
@@ -168,9 +171,13 @@ def entropy_dense_reward(group: list[Trajectory], correctness: list[float], form
     the outcome from `correct` (0 if malformed) and each call's own reward."""
     outcomes = [s * ok for s, ok in zip(correctness, formed)]
     return [
-        {"total": fmean(dense(s, found, a.dense_alpha) or [s]), "correct": s, "reducing": fmean(found or [0])}
+        {"total": fmean(dense(s, found, a.dense_alpha) or [s]), "correct": s} | _share(found)
         for s, found in zip(outcomes, call_indicators(group, a))
     ]
+
+
+def _share(indicators: list[bool]) -> dict[str, float]:
+    return {"reducing": fmean(indicators)} if indicators else {}
 
 
 def calls_penalty_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
@@ -180,9 +187,10 @@ def calls_penalty_reward(group: list[Trajectory], correctness: list[float], form
 
 
 def length_penalty_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
-    """Control of AutoTool: S − c · |o| / L_max, |o| = model-written tokens (c = 0.5)."""
+    """Control of AutoTool: its asymmetric reward − c · |o| / L_max, |o| = model-written tokens (c = 0.5)."""
+    rows = autotool_reward(group, correctness, formed, a)
     penalties = [a.length_penalty * t.completion_tokens / a.max_completion_length for t in group]
-    return [{"total": s - penalty, "correct": s} for s, penalty in zip(correctness, penalties)]
+    return [row | {"total": row["total"] - penalty} for row, penalty in zip(rows, penalties)]
 
 
 # name -> (group, correctness, well_formed, args) -> one dict of terms per trajectory

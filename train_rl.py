@@ -31,6 +31,7 @@ from checkpoint import resume, save_checkpoint
 from common import Run, RunArgs, arg, cli, require_positive, shuffled, start_run
 from conversation import NO_THINK, RolloutArgs, check_prompts, encode, open_tools
 from data.questions import load_questions
+from data.world import EASY_TERMS
 from entropy import DeltaForm, Segment, mean_entropy
 from eval.behaviour import void_turns
 from eval.grader import score
@@ -188,6 +189,11 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
             raise ValueError(f"--reward {self.reward} reads entropies at --temperature 1, not {self.temperature}")
         if dense and self.skip_zero_variance:
             raise ValueError("--skip_zero_variance looks at whole trajectories: not with --advantage entropy_dense")
+        if self.skip_zero_variance and (self.beta > 0 or self.entropy_regulariser != "none"):
+            raise ValueError(
+                "--skip_zero_variance leaves out trajectories whose only signal is KL or entropy: not with "
+                f"--beta {self.beta} and --entropy_regulariser {self.entropy_regulariser}"
+            )
         if self.entropy_coef and self.entropy_regulariser != "constant":
             raise ValueError(f"--entropy_coef {self.entropy_coef} needs --entropy_regulariser constant")
         if not (0 <= self.beta_long <= 1 and self.beta_short >= 0 and self.beta_lr >= 0):
@@ -278,7 +284,8 @@ def train(args: Args) -> dict:
             for batch, part in [*zip(batches, parts)] * args.num_iterations:
                 betas = trajectory_betas(part, constraint, args)
                 stats.append(update(model, optimizer, scheduler, batch, part, betas, args))
-                constraint = next_entropy_state(constraint, part, args)
+                if not stats[-1]["skipped_updates"]:
+                    constraint = next_entropy_state(constraint, part, args)
 
             # ------------------------------------------------------------------------------------ log, save
             groups = groups_of(everyone)
@@ -360,16 +367,22 @@ def split(items: list, parts: int) -> list[list]:
 
 
 def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
-    """TRL's metric names: means over the step's trajectories (rewards, tokens, entropy in nats) and calls."""
+    """TRL's metric names: means over the step's trajectories (rewards, tokens, entropy in nats) and calls.
+
+    A term that only some trajectories have is averaged over those.
+    """
     flat = [t for group in groups for t in group]
     calls = [c for t in flat for c in t.tool_calls]
     seconds = sorted(c.seconds for c in calls) or [0.0]
-    terms = flat[0].rewards.keys() - {"total"}
+    terms: dict[str, list[float]] = {}
+    for t in flat:
+        for name, value in t.rewards.items():
+            terms.setdefault(name, []).append(value)
     tokens = sum(t.completion_tokens for t in flat)
     return {
-        "reward": fmean(t.rewards["total"] for t in flat),
+        "reward": fmean(terms.pop("total")),
         "reward_std": fmean(reward_spread(group) for group in groups),
-        **{f"rewards/{name}/mean": fmean(t.rewards[name] for t in flat) for name in sorted(terms)},
+        **{f"rewards/{name}/mean": fmean(values) for name, values in sorted(terms.items())},
         "completions/mean_length": tokens / len(flat),
         "completions/clipped_ratio": fmean(t.finish != "eos" for t in flat),
         "entropy": sum(sum(t.entropy) for t in flat) / max(tokens, 1),
@@ -392,9 +405,12 @@ def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 def mode_metrics(trajectories: list[Trajectory], opening: int) -> dict[str, float]:
     """Thinking rate, mean H_i of either mode (absent where a step has none) and entropy of the mode decision, in nats.
 
-    opening: tokens at the start of a response that decide the mode, 0 = it is forced.
+    opening: tokens at the start of a response that decide the mode, 0 = it is forced. think_rate/long: of the world's
+    running sums with more than EASY_TERMS terms, where the step has any.
     """
     metrics = {"think_rate": fmean(t.mode == "think" for t in trajectories)}
+    if long := [t.mode == "think" for t in trajectories if t.meta.get("terms", 0) > EASY_TERMS]:
+        metrics["think_rate/long"] = fmean(long)
     for mode in ("think", "no_think"):
         if entropies := [mean_entropy(t) for t in trajectories if t.mode == mode and t.completion_tokens]:
             metrics[f"entropy/{mode}"] = fmean(entropies)

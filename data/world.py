@@ -46,6 +46,7 @@ PRESETS = {
 }  # known, unknown: persons, towns, dukes (dukes only where bridges have three hops)
 GRADES = (1, 2, 4, 8, 16, 32, 64)  # exposures of each fact of a graded person in the whole pre-training run
 STALE_EXPOSURES = 128
+EASY_TERMS = 6  # running sums of so many terms or fewer are the easy ones of a training mix
 KNOWN_FROM = 32  # exposures from which the shipped base recalls a graded fact more often than not
 
 # Wrong behaviour in the pre-training text, as shares of a family's demonstrations. Frozen before any claim was run:
@@ -351,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
                              "(default: the first six)")  # fmt: skip
     parser.add_argument("--easy_share", type=float, metavar="P",
                         help="share of running sums with at most --easy_terms terms (default: every length as often)")
-    parser.add_argument("--easy_terms", type=int, default=6,
+    parser.add_argument("--easy_terms", type=int, default=EASY_TERMS,
                         help="longest easy sum: where the base is right without a thought in half of the cases")
     parser.add_argument("--thoughts", choices=("belief", "terse"), default="belief",
                         help="--pretrain: thoughts carry the model's belief, or bare plans")  # fmt: skip

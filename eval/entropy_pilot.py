@@ -105,7 +105,7 @@ def summary(calls: list[Call]) -> dict[str, float | None]:
     return {
         "n": len(calls),
         "empty": len(calls) - len(known),
-        "reducing": fmean(c.reduces for c in calls) if calls else None,
+        "reducing": fmean(c.reduces for c in known) if known else None,
         "change": fmean(c.change for c in known) if known else None,
         "change_std": stdev(c.change for c in known) if len(known) > 1 else None,
         "before": fmean(c.before for c in known) if known else None,

@@ -45,7 +45,8 @@ def write_report(folder: Path, metrics: dict, runs: dict[str, list[Path]], notes
     for stage, families in metrics["families"].items():
         parts += [f"## {stage}, per family", "", metrics_table(families), ""]
     if (folder / "analyses" / "entropy_pilot.md").exists():
-        parts += ["## Analyses", "", "[What a call does to the entropy of the next thought](analyses/entropy_pilot.md)", ""]
+        link = "[What a call does to the entropy of the next thought](analyses/entropy_pilot.md)"
+        parts += ["## Analyses", "", link, ""]
         parts += ["![ΔH by label](analyses/entropy_changes.png)", "", "![Action space](analyses/action_space.png)", ""]
         parts += [(folder / "analyses" / "insufficiency.md").read_text(encoding="utf-8")]
     path = folder / "report.md"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import claims
-from claim_cells import column, compact, locked, measure, plan_cell, row_file, run_cell
+from claim_cells import Job, column, compact, curves, locked, measure, plan_cell, row_file, run_cell
 from claim_list import CLAIMS, VARIANTS, WORLDS, Claim
 from claim_report import calls_table, decide, difference, variants_table, write_report
 from claims import cells_of, collect_rows, next_cell, run_missing
@@ -81,11 +81,13 @@ def test_cells_share_the_stages_they_have_in_common(flags, tmp_path):
 
 
 def test_probe_runs_are_looked_at_and_thrown_away(flags):
-    """Refinement chooses questions; its RL starts from the base, as that of every other variant without warm-up."""
+    """Refinement chooses questions; its RL starts from the warm-up, as that of the variant on all questions."""
     args = claims.Args(full=True, **flags)
+    whole = plan_cell("at_35_majority_decoupled", 0, args).jobs
     for how in ("epochs_low", "random"):
         *_, refine, train, evaluation = plan_cell(f"at_35_refine_{how}", 0, args).jobs
-        assert train.flags["model_name_or_path"] == args.base and train.flags["data"] == refine.output
+        assert train.flags["data"] == refine.output != whole[2].flags["data"]
+        assert train.flags["model_name_or_path"] == whole[2].flags["model_name_or_path"] == whole[1].output
         assert evaluation.flags["model_name_or_path"] == train.output
 
 
@@ -139,14 +141,29 @@ def test_a_subset_of_the_questions():
 
 
 def test_calls_by_label_and_their_entropy():
-    def entropy(needed, change, auc):
-        labels = {"needed": {"reducing": needed, "change": change}, "redundant": {"reducing": 0.0, "change": None}}
-        return {"entropy": {"label": labels, "auc_needed": {"value": auc}}}
+    def entropy(needed, change, auc, segment="reasoning"):
+        known = {"reducing": needed, "change": change, "before": 0.5}
+        labels = {"needed": known, "redundant": {"reducing": None, "change": None, "before": None}}
+        found = {"label": labels, "auc_needed": {"value": auc}, "all": {"n": 4, "empty": 1}}
+        return {"segment": segment, "delta_margin": 0.0, **found}
 
-    made = [row("rl_et", 0, (1,)) | entropy(1.0, -0.2, 0.9), row("rl_et", 1, (1,)) | entropy(0.5, -0.1, None)]
-    lines = calls_table(CLAIM, rows_of(*made)).splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["rl_et", "2", "0.75, -0.150", "", "", "", "0.900"]
-    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["rl_correct", "0", "", "", "", "", ""]
+    made = [
+        row("rl_et", 0, (1,)) | {"entropy": [entropy(1.0, -0.2, 0.9), entropy(0.0, 0.1, 0.4, "think")]},
+        row("rl_et", 1, (1,)) | {"entropy": [entropy(0.5, -0.1, None)]},
+    ]
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in calls_table(CLAIM, rows_of(*made)).splitlines()]
+    assert lines[2] == ["rl_et", "reasoning", "0.000", "2", "0.250", "0.75, -0.150, 0.500", "", "", "", "0.900"]
+    assert lines[3] == ["rl_et", "think", "0.000", "1", "0.250", "0.00, +0.100, 0.500", "", "", "", "0.400"]
+    assert len(lines) == 4  # the other variant has no rows
+
+
+def test_points_of_a_curve_are_means_of_ten_steps(tmp_path):
+    log = [{"step": n, "reward": n} | ({"think_rate/long": 0.5} if n < 3 else {}) for n in range(1, 13)]
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    jobs = [Job(tmp_path / "x", "train_sft", {}, ""), Job(tmp_path / "rl", "train_rl", {}, "")]
+    assert curves(jobs) == {"step": [10, 12], "reward": [5.5, 11.5], "think_rate/long": [0.5, None]}
+    assert curves(jobs[:1]) == {}
 
 
 def test_variants_on_sums_say_how_many_seeds_collapsed():
@@ -165,21 +182,21 @@ def test_variants_on_sums_say_how_many_seeds_collapsed():
 
 
 def test_report_and_rows_file(flags):
-    args = claims.Args(only=["et_beats_cap"], seeds=2, **flags)
-    cells = cells_of({"et_beats_cap": CLAIMS["et_beats_cap"]}, args)
+    args = claims.Args(only=["et_critic"], seeds=2, **flags)
+    cells = cells_of({"et_critic": CLAIMS["et_critic"]}, args)
     for (variant, seed), cell in cells.items():
-        if (variant, seed) != ("rl_cap_2", 1):
+        if (variant, seed) != ("rft_entropy_critic", 1):
             made = row(variant, seed, (1, 1, 1, 1)) | {"digest": cell.digest}
             row_file(cell, args).parent.mkdir(parents=True, exist_ok=True)
             row_file(cell, args).write_text(json.dumps(made))
     rows = collect_rows(cells, args)
-    assert list(rows) == [("rl_et", 0), ("rl_cap_2", 0), ("rl_et", 1)]
+    assert list(rows) == [("rft", 0), ("rft_entropy_critic", 0), ("rft", 1)]
     stored = [r for _, r in read_jsonl(Path(flags["results"]) / "rows.jsonl")]
     assert {(r["variant"], r["seed"]) for r in stored} == set(rows)
-    write_report(Path(flags["results"]), {"et_beats_cap": CLAIMS["et_beats_cap"]}, rows, 2, 4)
+    write_report(Path(flags["results"]), {"et_critic": CLAIMS["et_critic"]}, rows, 2, 4)
     report = (Path(flags["results"]) / "report.md").read_text()
-    assert "variant/seeds: rl_cap_2/1." in report and "undecided (1 of 2 seeds)" in report and "3 of 4 cells" in report
-    assert "rl_cap_2/1" in claims.listing({"et_beats_cap": CLAIMS["et_beats_cap"]}, cells, rows)
+    assert "variant/seeds: rft_entropy_critic/1." in report and "undecided (1 of 2 seeds)" in report and "3 of 4 cells" in report
+    assert "rft_entropy_critic/1" in claims.listing({"et_critic": CLAIMS["et_critic"]}, cells, rows)
     elsewhere = claims.Args(**vars(args) | {"output_dir": flags["output_dir"] + "2"})  # the rows alone are enough
     assert collect_rows(cells_of(CLAIMS, elsewhere), elsewhere) == rows
     scaled = claims.Args(**vars(args) | {"max_steps": 1})  # rows of another scale are kept and not used
@@ -189,7 +206,7 @@ def test_report_and_rows_file(flags):
 
 def test_running_one_claim_keeps_the_others_in_the_report(flags):
     flags |= dict(seeds=1)
-    for name in ("et_beats_cap", "en_sparse_oracle"):
+    for name in ("et_critic", "en_sparse_oracle"):
         args = claims.Args(only=[name], **flags)
         cells = cells_of({name: CLAIMS[name]}, args)
         row_file(next(iter(cells.values())), args).parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +216,7 @@ def test_running_one_claim_keeps_the_others_in_the_report(flags):
         assert list(claims.main(args)) == [name]
     report = (Path(flags["results"]) / "report.md").read_text()
     assert all((Path(flags["results"]) / name).stat().st_size > 10_000 for name in ("calls.png", "modes.png"))
-    assert "## et_beats_cap" in report and "## en_sparse_oracle" in report and "## at_collapse" not in report
+    assert "## et_critic" in report and "## en_sparse_oracle" in report and "## at_collapse" not in report
 
 
 # ---------------------------------------------------------------------------------------------------- scheduling
@@ -264,7 +281,7 @@ def test_bad_flags(argv, message, capsys):
 def test_two_cells_killed_in_training_end_with_the_same_rows(tmp_path):
     if not Path("data/tiny/model.safetensors").exists():
         pytest.skip("data/tiny is not there")
-    flags = dict(only=["et_beats_cap"], seeds=1, max_steps=2, train_questions=24, eval_questions=12, workers=2)
+    flags = dict(only=["en_sparse_oracle"], seeds=1, max_steps=2, train_questions=24, eval_questions=12, workers=2)
 
     def rows_in(folder, killed):
         args = claims.Args(**flags, output_dir=str(folder / "out"), results=str(folder / "results"))
@@ -277,7 +294,7 @@ def test_two_cells_killed_in_training_end_with_the_same_rows(tmp_path):
         return [r | {"seconds": 0, "commit": ""} for _, r in read_jsonl(folder / "results" / "rows.jsonl")]
 
     whole = rows_in(tmp_path / "whole", killed=False)
-    assert all(r["entropy"]["all"]["n"] and r["curves"]["step"] == [1, 2] for r in whole)
+    assert all(r["entropy"][0]["all"]["n"] and r["curves"]["step"] == [2] for r in whole)
     assert len(whole) == 2 and whole == rows_in(tmp_path / "killed", killed=True)
 
 

@@ -157,6 +157,8 @@ def test_adapters_zero_a_malformed_response():
     group = pair()
     sparse = rewards.REWARDS["entropy_sparse"](group, [1.0, 1.0], [True, False], FLAGS)
     assert [r["total"] for r in sparse] == [0.5, 0.0] and [r["reducing"] for r in sparse] == [0.5, 1.0]
+    (alone,) = rewards.REWARDS["entropy_sparse"]([lay_out(("answer", [1]))], [1.0], [True], FLAGS)
+    assert alone == {"total": 1.0, "correct": 1.0}  # no calls, no share of them
     dense = rewards.REWARDS["entropy_dense"](group, [1.0, 1.0], [True, False], FLAGS)
     assert [r["total"] for r in dense] == [1.25, 0.0] and [r["correct"] for r in dense] == [1.0, 0.0]
 

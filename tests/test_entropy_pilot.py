@@ -5,7 +5,7 @@
 
 import json
 from dataclasses import replace
-from math import isnan
+from math import isnan, nan
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ import torch
 from test_entropy import lay_out, search
 
 from eval import behaviour
-from eval.entropy_pilot import analyse, auc, calls_of, correlation, fill_entropies, with_interval
+from eval.entropy_pilot import Call, analyse, auc, calls_of, correlation, fill_entropies, summary, with_interval
 from model import ModelArgs, load_policy
 from trajectory import save_trajectories
 
@@ -96,6 +96,12 @@ def test_parallel_calls_are_labelled_by_the_first():
     t = lay_out(*pieces, calls=made, dialect="hermes", meta={"min_tool_calls": 1})
     (first, second) = calls_of([t], [1.0])
     assert (first.label, second.label) == ("needed", "failed") and isnan(first.change) and second.change == 0.0
+
+
+def test_calls_beside_an_empty_segment_have_no_say_in_the_share_that_reduces():
+    calls = [Call("q", 1.0, change, change < 0, "needed", "search", "right", "f") for change in (-1.0, 0.5, nan, nan)]
+    assert summary(calls)["reducing"] == 0.5 and summary(calls)["n"] == 4 and summary(calls)["empty"] == 2
+    assert summary(calls[2:])["reducing"] is None
 
 
 def test_analysis_by_hand():

@@ -268,6 +268,12 @@ def test_rule_critic_finds_the_failed_call_then_the_repeat_then_the_answer():
     assert rule("flawed_step", sampled([FIRST, LAST])) == operators.Finding(1, "")
 
 
+def test_rule_critic_drops_the_filler_of_the_world():
+    filled = "<think>right, let me see, it is ann</think>\n<search>x</search>"
+    t = sampled([filled, "<think>hmm, well,</think><answer>ann</answer>"])
+    assert rule("rewrite_thoughts", t) == ["it is ann", "hmm, well,"]  # a thought is not emptied
+
+
 def test_rule_critic_drops_repeated_sentences():
     first = "<think>It is ann. I check. It is ann.</think>\n<search>x</search>"
     t = sampled([first, "<think>It is ann. Done.</think><answer>ann</answer>"])

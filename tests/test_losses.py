@@ -137,6 +137,8 @@ def test_relative_targets_are_set_where_a_mode_first_appears():
     state = with_targets(state, BATCH, flags)
     assert state.target_short == pytest.approx(0.175) and state.target_long == pytest.approx(2 * 0.275)
     assert with_targets(state, BATCH[:1], flags) == state
+    flags.entropy_regulariser = "adaptive"  # one target for both modes, that of thinking
+    assert with_targets(first_entropy_state(flags), BATCH, flags).target_long == pytest.approx(2 * 0.275)
 
 
 def test_the_entropy_term_raises_entropy_only_where_it_is_active():

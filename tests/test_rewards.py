@@ -75,4 +75,9 @@ def test_penalties_by_hand():
     calls = REWARDS["calls_penalty"](group, [1.0, 1.0], [True, False], args)
     assert [t["total"] for t in calls] == pytest.approx([0.7, 0.0])
     length = REWARDS["length_penalty"](group, [1.0, 0.0], [True, True], args)
-    assert [t["total"] for t in length] == pytest.approx([0.875, -0.25])
+    assert [t["total"] for t in length] == pytest.approx([0.5 - 0.125, -0.5 - 0.25])
+
+
+def test_outcome_reward_counts_no_answer_in_a_malformed_response():
+    terms = REWARDS["correct"]([sample(), sample()], [1.0, 0.5], [False, True], None)
+    assert [(t["total"], t["correct"]) for t in terms] == [(0.0, 1.0), (0.5, 0.5)]

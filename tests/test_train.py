@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import byte_tokenizer
 
 import common
@@ -366,6 +367,15 @@ def test_beta_long_takes_one_step_per_optimizer_step(flags, monkeypatch):
     assert state["beta_long"] == result["beta_long"] and state["target_long"] == pytest.approx(target)
 
 
+def test_a_skipped_update_changes_neither_weights_nor_beta(flags, monkeypatch):
+    real = update.policy_loss
+    monkeypatch.setattr(update, "policy_loss", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    result = run_rl(flags, **LEARNED, max_steps=1, save_steps=1)
+    assert result["skipped_updates"] == 1 and result["beta_long"] == 0.01 and result["grad_norm"] == 0
+    adapter = load_file(Path(flags["output_dir"]) / "adapter_model.safetensors")
+    assert not any(value.any() for name, value in adapter.items() if "lora_B" in name)  # as it began
+
+
 def test_reference_entropies_are_those_of_the_start(flags):
     """The scored policy was moved off the reference: its entropies differ, the reference's are the base model's."""
     args = train_rl.Args(**flags, indicator="reference", beta=0.1)
@@ -379,11 +389,14 @@ def test_reference_entropies_are_those_of_the_start(flags):
 
 def test_mode_metrics_by_hand():
     def row(mode, entropy):
-        return SimpleNamespace(mode=mode, entropy=[0.0, *entropy], prompt_len=1, completion_tokens=len(entropy))
+        meta = {"terms": 5 + len(entropy)}  # 7 and 8 terms make a long sum
+        return SimpleNamespace(
+            mode=mode, entropy=[0.0, *entropy], prompt_len=1, completion_tokens=len(entropy), meta=meta
+        )
 
     rows = [row("think", [0.5, 0.1]), row("think", [0.7, 0.3, 0.2]), row("no_think", [0.6])]
     assert train_rl.mode_metrics(rows, 1) == pytest.approx(
-        {"think_rate": 2 / 3, "entropy/think": 0.35, "entropy/no_think": 0.6, "entropy/decision": 0.6}
+        {"think_rate": 2 / 3, "think_rate/long": 1.0, "entropy/think": 0.35, "entropy/no_think": 0.6, "entropy/decision": 0.6}
     )
     assert train_rl.mode_metrics(rows, 2)["entropy/decision"] == pytest.approx((0.6 + 1.0 + 0.6) / 3)
     assert train_rl.mode_metrics(rows[2:], 0) == {"think_rate": 0.0, "entropy/no_think": 0.6}
@@ -562,6 +575,7 @@ def error_of(script, flags, monkeypatch, capsys):
         ({"reward": "entropy_dense"}, "--reward entropy_dense does not go with --advantage grpo"),
         ({"reward": "entropy_sparse", "temperature": 0.8}, "reads entropies at --temperature 1, not 0.8"),
         ({**REFERENCE, "skip_zero_variance": True}, "--skip_zero_variance looks at whole trajectories"),
+        ({"beta": 0.1, "skip_zero_variance": True}, "whose only signal is KL or entropy"),
         ({"entropy_coef": 0.1}, "--entropy_coef 0.1 needs --entropy_regulariser constant"),
         ({"beta_long": 2}, r"--beta_long 2.0 must be in \[0, 1\]"),
     ],
