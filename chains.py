@@ -209,7 +209,7 @@ def analyses(job: Job) -> dict:
     own = dict(model_name_or_path=job.base, trajectories=files, output=str(folder), limit=200, threads=job.args.threads)
     action_space.main(action_space.Args(**own))
     sets = {}
-    for stage, model in (("base", job.base), (last, curriculum.adapter_of(str(job.folder / "curriculum")))):
+    for stage, model in (("base", job.base), (last, str(job.folder / "curriculum"))):
         own = dict(model_name_or_path=model, trajectories=sampled[stage], output_dir=str(job.folder / f"{stage}-hints"))
         sets[stage] = insufficiency.main(insufficiency.Args(**job.shared | own, seed=job.seed))["sets"]["all"]
     columns = ("wrong", "fixed", "insufficient", "mean_extra_calls")

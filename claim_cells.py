@@ -24,7 +24,6 @@ import torch
 import rollout
 from claim_list import VARIANTS, WORLDS, Variant
 from common import commit, write_text
-from curriculum import adapter_of
 from data.world import EASY_TERMS, World, questions
 from data.world_noise import MIX
 from eval.behaviour import insufficient, redundant_calls
@@ -141,7 +140,7 @@ def run_cell(cell: Cell, args: Any) -> dict:
     row |= measure(trajectories, hard) | {"curves": curves(cell.jobs)}
     if any(t.tool_calls for t in trajectories):  # ΔH of the calls under the model that made them [PAPERS C1]
         torch.set_num_threads(1)  # as in the stages, which may all have been finished before
-        fill_entropies(trajectories, adapter_of(cell.jobs[-1].flags["model_name_or_path"]))
+        fill_entropies(trajectories, cell.jobs[-1].flags["model_name_or_path"])
         own = next((job.flags for job in cell.jobs[::-1] if "delta_margin" in job.flags), {})
         how = {("reasoning", 0.0), (own.get("segment", "reasoning"), own.get("delta_margin", 0.0))}
         scores = [score(t)[0] for t in trajectories]
@@ -163,8 +162,6 @@ def run_job(job: Job) -> float:
             print(f"== {job.folder.name}: {job.script}", flush=True)
             module, started = importlib.import_module(job.script), time.monotonic()
             flags = job.flags
-            if "model_name_or_path" in flags:
-                flags = flags | {"model_name_or_path": adapter_of(flags["model_name_or_path"])}
             if job.script in ("selection", "refine"):  # they write at once, and not over an older file
                 flags = flags | {"overwrite": True}
                 job.folder.mkdir(exist_ok=True)

@@ -28,6 +28,7 @@ from common import arg, cli, require_positive, table
 from trajectory import DataError, read_jsonl, write_jsonl
 
 PASSED_ON = ("output_dir", "base", "preset", "train_questions", "eval_questions", "max_steps")  # to a cell's process
+NAMED = 3  # claims whose missing cells --list names
 STOP_SECONDS = 60  # that a stopped cell gets to close its tools
 
 
@@ -182,11 +183,12 @@ def log_file(cell: Cell, args: Args) -> Path:
 
 
 def listing(claims: dict[str, Claim], cells: dict, rows: dict) -> str:
-    """A table of the claims: cells done and missing, and the minutes that the missing ones are expected to take.
+    """A table of the claims: cells done, and the minutes that the missing ones are expected to take.
 
-    A cell or stage that several claims share is counted with the first of them.
+    A cell or stage that several claims share is counted with the first of them. The missing cells of few claims are
+    named.
     """
-    lines, counted = [], set()
+    lines, counted, missing = [], set(), {}
     for name, claim in claims.items():
         variants = variants_of([claim])
         mine = [key for key in cells if key[0] in variants]
@@ -200,11 +202,14 @@ def listing(claims: dict[str, Claim], cells: dict, rows: dict) -> str:
                 if job.folder not in counted and not job.done.exists():
                     counted.add(job.folder)
                     minutes += cost
-        missing = {v: ",".join(str(s) for w, s in mine if w == v and (v, s) not in rows) for v in variants}
-        done = sum(key in rows for key in mine)
-        words = " ".join(f"{v}/{seeds}" for v, seeds in missing.items() if seeds)
-        lines.append([name, f"{done} of {len(mine)}", f"{minutes:.0f}", words or "none"])
-    return table(["claim", "cells done", "minutes on one core", "missing (variant/seeds)"], lines)
+        missing |= {v: ",".join(str(s) for w, s in mine if w == v and (v, s) not in rows) for v in variants}
+        lines.append([name, f"{sum(key in rows for key in mine)} of {len(mine)}", minutes])
+    total = [f"all {len(claims)}", f"{len(rows)} of {len(cells)}", sum(line[2] for line in lines)]
+    lines = [[*line[:2], f"{line[2]:.0f}"] for line in [*lines, total]]
+    text = table(["claim", "cells done", "minutes on one core, beside those of the claims above"], lines)
+    if len(claims) > NAMED:
+        return text + "\nmissing cells by name: --list --only CLAIM"
+    return text + "\nmissing: " + (" ".join(f"{v}/{seeds}" for v, seeds in missing.items() if seeds) or "none")
 
 
 if __name__ == "__main__":

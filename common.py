@@ -30,6 +30,7 @@ from trajectory import DataError
 
 A = TypeVar("A")
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "math-verify", "bm25s")
+STARTED = ("config.json", "env.json")  # what a run folder holds before anything is computed
 # may differ when a run goes on
 NOT_CONFIG = {"overwrite", "report_to", "resume_from_checkpoint", "dry_run", "dry_run_gb", "base_url", "workers"}
 
@@ -48,6 +49,14 @@ def require_positive(args: Any, *flags: str) -> None:
             raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
 
 
+def check_numbers(args: Any) -> None:
+    """ValueError that names the first number among the flags that is negative or not finite: no flag means that."""
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
+            raise ValueError(f"--{f.name} must be a number from 0 on, not {value}")
+
+
 @dataclass
 class RunArgs:
     """Flags that every script has."""
@@ -60,6 +69,7 @@ class RunArgs:
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("--output_dir is required")
+        check_numbers(self)
         require_positive(self, "threads")
 
 
@@ -167,7 +177,11 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
     elif args.overwrite and config_file.exists():
         shutil.rmtree(directory)
     finished = None
-    if config_file.exists():
+    if not directory.exists() or all(p.name in STARTED for p in directory.iterdir()):  # nothing was computed there
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / "env.json", json.dumps(environment(args.threads, data_files), indent=1) + "\n")
+        write_text(config_file, json.dumps(config, indent=1) + "\n")
+    elif config_file.exists():
         old = json.loads(config_file.read_text())
         for name in sorted(set(old) | set(config)):
             if name not in NOT_CONFIG and old.get(name) != config.get(name):
@@ -175,14 +189,14 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
                     f"--output_dir {directory} holds a run with --{name} {old.get(name)}, not {config.get(name)}; "
                     "choose another folder or pass --overwrite"
                 )
+        known = json.loads((directory / "env.json").read_text()).get("data_sha256", {})
+        for path, digest in data_digests(data_files).items():
+            if known.get(path, digest) != digest:
+                raise DataError(f"{path} has changed since the run in --output_dir {directory} was started")
         if (directory / "result.json").exists():
             finished = json.loads((directory / "result.json").read_text())
-    elif directory.exists() and any(p.name != "env.json" for p in directory.iterdir()):  # the file of a killed start
-        raise DataError(f"--output_dir {directory} is in use: it holds files but no config.json of a run")
     else:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / "env.json", json.dumps(environment(args.threads, data_files), indent=1) + "\n")
-        write_text(config_file, json.dumps(config, indent=1) + "\n")
+        raise DataError(f"--output_dir {directory} is in use: it holds files but no config.json of a run")
     if distributed.rank() == 0:
         distributed.wait()
     return Run(directory, finished, tracker(getattr(args, "report_to", "none"), directory, config))
@@ -207,10 +221,13 @@ def environment(threads: int, data_files: tuple[str, ...] = ()) -> dict:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "packages": versions,
-        "data_sha256": {
-            str(f): hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in data_files if Path(f).is_file()
-        },
+        "data_sha256": data_digests(data_files),
     }
+
+
+def data_digests(files: tuple[str, ...]) -> dict[str, str]:
+    """Path -> SHA-256 of its content, for those that are files (not names of datasets on the hub)."""
+    return {str(f): hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files if Path(f).is_file()}
 
 
 def commit() -> str:

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from common import arg, require_positive, seed_of
+from common import arg, check_numbers, require_positive, seed_of
 from data.questions import Question
 from data.world_noise import NoisyIndex
 from tools.parse import escape_result, parse_calls, render_result, spans_of
 from tools.python import PythonSandbox, ToolResult
-from tools.search import SearchIndex, render
+from tools.search import SearchClient, SearchError, SearchIndex, run_search
 from trajectory import DataError, Span, ToolCall, Trajectory
 
 NO_THINK = "<think>\n\n</think>\n\n"  # an empty block at the start of a response means: answer without thinking
@@ -77,7 +77,8 @@ class RolloutArgs:
     max_tool_seconds: float = arg(60.0, "tool time per trajectory, in seconds; later calls are refused")
     refuse_repeats: bool = arg(False, "refuse the third identical call of a trajectory")
     rollout_batch_size: int = arg(128, "trajectories decoded at once")
-    index: str = arg("", "folder of a search index (data.world --index, tools.search)")
+    index: str = arg("", "folder of a search index (data.world --index, tools.search), or URL of a search server")
+    search_protocol: Literal["flashrag", "search_r1"] = arg("flashrag", "how to talk to the server of --index URL")
     search_top_k: int = arg(4, "passages per search")
     search_max_chars: int = arg(1200, "characters kept of each passage")
     noise: float = arg(0.0, "world's index only: scale 0 to 1 of wrong and ambiguous passages (data/world_noise.py)")
@@ -88,16 +89,16 @@ class RolloutArgs:
     tool_workers: int = arg(2, "tool calls run at once")
 
     def __post_init__(self):
+        check_numbers(self)
         require_positive(self, "num_generations", "max_completion_length", "rollout_batch_size", "tool_workers")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature must be a finite number >= 0, not {self.temperature}")
+        require_positive(self, "search_top_k", "search_max_chars", "python_memory_mb")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be in (0, 1], not {self.top_p}")
         if not 0 <= self.noise <= 1:
             raise ValueError(f"--noise must be from 0 to 1, not {self.noise}")
-        if self.noise and (not self.index or self.search_top_k != 1):
-            raise ValueError(f"--noise {self.noise} needs an --index and --search_top_k 1")
-        if (self.engine == "openai") != self.base_url.startswith(("http://", "https://")):
+        if self.noise and (not self.index or is_url(self.index) or self.search_top_k != 1):
+            raise ValueError(f"--noise {self.noise} needs a folder as --index and --search_top_k 1")
+        if (self.engine == "openai") != is_url(self.base_url):
             raise ValueError(f"--engine {self.engine} does not go with --base_url {self.base_url!r}")
         if self.engine == "fast" and self.repetition_penalty != 1.0:
             raise ValueError(f"--repetition_penalty {self.repetition_penalty} needs --engine hf")
@@ -117,7 +118,7 @@ class RolloutArgs:
 
 # ---------------------------------------------------------------------------------------------------- tools
 
-ToolBox = dict[str, Callable[[str], ToolResult]]  # name -> (query or code) -> result; a fork adds a tool by a line
+ToolBox = dict[str, Callable[[str], ToolResult]]  # name -> (query or code) -> result
 
 
 @contextmanager
@@ -127,19 +128,37 @@ def open_tools(args: RolloutArgs) -> Iterator[ToolBox]:
         sandbox = stack.enter_context(PythonSandbox(args.python_timeout, args.python_memory_mb, args.tool_workers))
         toolbox: ToolBox = {"python": sandbox.run}
         if args.index:
-            if not Path(args.index).is_dir():
-                raise DataError(f"--index {args.index}: no such folder")
-            index = SearchIndex.load(args.index)
-            if args.noise:
-                index = NoisyIndex(index, args.noise, args.noise_seed)
-
-            def search(query: str) -> ToolResult:
-                found = index.search(query, args.search_top_k)
-                text = render(found, args.search_max_chars) if found else "no results"
-                return ToolResult(text=text, ok=True, error=None, seconds=0.0)
-
-            toolbox["search"] = search
+            toolbox["search"] = search_tool(args)
         yield toolbox
+
+
+def search_tool(args: RolloutArgs) -> Callable[[str], ToolResult]:
+    """Search in the folder or at the server of `--index`. DataError if there is none.
+
+    An index in memory is so fast that its time counts as 0: what is written does not depend on the machine.
+    """
+    check_index(args)
+    if is_url(args.index):
+        try:
+            client = SearchClient(args.index, args.search_protocol)
+        except SearchError as e:
+            raise DataError(f"--index {args.index}: {e}") from None
+        return lambda query: run_search(client, query, args.search_top_k, args.search_max_chars)
+    index = SearchIndex.load(args.index)
+    if args.noise:
+        index = NoisyIndex(index, args.noise, args.noise_seed)
+    return lambda query: replace(run_search(index, query, args.search_top_k, args.search_max_chars), seconds=0.0)
+
+
+def check_index(args: RolloutArgs) -> None:
+    """DataError if `--index` names a folder that is not there; before any work starts."""
+    if args.index and not is_url(args.index) and not Path(args.index).is_dir():
+        raise DataError(f"--index {args.index}: no such folder")
+
+
+def is_url(place: str) -> bool:
+    """Whether a flag's value is a server's address, not a folder."""
+    return place.startswith(("http://", "https://"))
 
 
 def run_call(call: ToolCall, earlier: list[ToolCall], toolbox: ToolBox, args: RolloutArgs) -> ToolCall:

@@ -22,9 +22,9 @@ from data.questions import Question
 from data.world_text import WORDY
 from entropy import segment_entropies
 from eval.behaviour import call_labels, duplicate_calls, unused_calls
-from model import token_entropies
+from model import sampling_mode, token_entropies
 from operators import Finding, Step, steps_of, thoughts_of
-from rollout import generate_turn, sampling_mode
+from rollout import generate_turn
 from tools.client import ServerError, request_json
 from tools.parse import parse_calls, spans_of
 from trajectory import DataError, Trajectory

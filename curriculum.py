@@ -132,11 +132,5 @@ def summary(result: dict) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def adapter_of(model: str) -> str:
-    """The model folder that a curriculum ended with, where `model` is the curriculum's folder; else `model`."""
-    result = Path(model) / "result.json"
-    return json.loads(result.read_text()).get("adapter", model) if result.exists() else model
-
-
 if __name__ == "__main__":
     cli(main, Args)

@@ -7,7 +7,7 @@ from trajectory import Trajectory, groups_of
 
 EVAL_SEED = 10_000  # of held-out questions, their noise and their samples; training uses small seeds
 PROBES = 8  # no-think samples of the base per held-out sum
-HARD = 0.5  # a sum is hard if a smaller share of them is right [DESIGN 4]
+HARD = 0.5  # a sum is hard if a smaller share of them is right
 SAMPLING = {  # flags of every script that samples; times are generous: a busy machine must not change a number
     "search_top_k": 1,
     "max_completion_length": 256,

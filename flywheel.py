@@ -1,6 +1,7 @@
 """The self-evolving flywheel of ET-Agent [2601.06860, sec. 4.1, alg. 1; PAPERS A1, A2]: sample, edit, keep, repeat.
 
-    python flywheel.py --model_name_or_path data/tiny --data Q.jsonl --index DIR --critic rule --output_dir out/flywheel
+    python flywheel.py --model_name_or_path data/tiny --data Q.jsonl --index DIR --search_top_k 1 --critic rule \\
+        --output_dir out/flywheel
 
 For a chunk of questions at a time:
 1. Round 0: `num_generations` samples of each question.
@@ -29,7 +30,17 @@ from transformers import PreTrainedTokenizerBase
 
 import plan
 from common import RunArgs, arg, cli, require_positive, seed_of, start_run, table
-from conversation import Draft, RolloutArgs, ToolBox, check_prompts, open_tools, start_draft, to_trajectory, turn_text
+from conversation import (
+    Draft,
+    RolloutArgs,
+    ToolBox,
+    check_index,
+    check_prompts,
+    open_tools,
+    start_draft,
+    to_trajectory,
+    turn_text,
+)
 from critics import CRITICS, CriticName
 from data.questions import Question, load_questions
 from eval.behaviour import CORRECT
@@ -102,6 +113,7 @@ def main(args: Args) -> dict:
     if run.finished:
         print(f"{args.output_dir}: finished before\n{summary(run.finished)}")
         return run.finished
+    check_index(args)
     questions = load_questions(args.data, args.task, args.limit, args.split)
     model, tokenizer = load_sampler(args)
     check_prompts(questions, tokenizer, args)

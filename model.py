@@ -6,6 +6,7 @@ never whole in memory (kernels/).
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ from transformers import (
 )
 
 import kernels
-from common import arg, require_positive
+from common import arg, check_numbers, require_positive
 from kernels.checks import check_lm_head
 from trajectory import DataError, Trajectory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 OptimizerName = Literal["adamw", "adamw_8bit"]
+ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
 REFERENCE = "reference"  # name of the frozen copy of the starting adapter
 
 
@@ -59,7 +61,8 @@ class ModelArgs:
         if self.dtype == "auto":  # resolved here: transformers would stumble over "auto" beside an adapter's files
             gpu = torch.cuda.is_available() or getattr(self, "dry_run_gb", 0)  # device() would take GPU 0 for all
             self.dtype = "bfloat16" if gpu else "float32"
-        require_positive(self, "lora_r")
+        check_numbers(self)
+        require_positive(self, "lora_r", "lora_alpha")
         if "lm_head" in self.lora_target_modules:
             raise ValueError("--lora_target_modules lm_head: the lm_head stays frozen, the fused kernels need it")
 
@@ -70,7 +73,7 @@ def device() -> torch.device:
 
 
 def schedule(
-    optimizer: torch.optim.Optimizer, name: str, warmup_ratio: float, steps: int
+    optimizer: torch.optim.Optimizer, name: ScheduleName, warmup_ratio: float, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """A transformers schedule by name over `steps` optimizer steps."""
     return get_scheduler(name, optimizer, int(warmup_ratio * steps), steps)
@@ -86,8 +89,17 @@ def adamw(model: torch.nn.Module, name: OptimizerName, lr: float, weight_decay: 
     return AdamW8bit(trained, lr=lr, weight_decay=weight_decay)
 
 
+def adapter_of(path: str) -> str:
+    """The adapter folder that a curriculum ended with, where `path` is the curriculum's folder; else `path`."""
+    result = Path(path) / "result.json"
+    return json.loads(result.read_text()).get("adapter", path) if result.is_file() else path
+
+
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Tokenizer of a model folder, hub id or adapter folder; DataError if there is none or it has no chat template."""
+    path = adapter_of(path)
+    if not Path(path).exists() and (len(Path(path).parts) != 2 or Path(path).parent.is_dir()):
+        raise DataError(f"--model_name_or_path {path}: no such folder, and no name on the hub (owner/model)")
     if Path(path).is_dir() and not any(Path(path, name).is_file() for name in TOKENIZER_FILES):
         raise DataError(f"--model_name_or_path {path}: no usable tokenizer: the folder holds none of {TOKENIZER_FILES}")
     try:
@@ -151,15 +163,16 @@ def load_policy(args: ModelArgs, trainable: bool = True) -> tuple[torch.nn.Modul
 
     The fresh adapter is zero (B = 0), so the policy starts as the base.
     """
-    path = Path(args.model_name_or_path)
-    adapter = (path / "adapter_config.json").is_file()
-    base_path = args.model_name_or_path
-    if adapter:
-        base_path = LoraConfig.from_pretrained(path).base_model_name_or_path
-    tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
-    base = load_base(args, base_path)
-    if adapter:
+    path = adapter_of(args.model_name_or_path)
+    tokenizer = load_tokenizer(path, args.trust_remote_code)
+    if (Path(path) / "adapter_config.json").is_file():
+        config = LoraConfig.from_pretrained(path)
+        for flag, own, given in (("r", config.r, args.lora_r), ("alpha", config.lora_alpha, args.lora_alpha)):
+            if trainable and given not in (own, getattr(ModelArgs, f"lora_{flag}")):
+                raise DataError(f"--lora_{flag} {given}: the adapter in {path} goes on with its own, {own}")
+        base = load_base(args, config.base_model_name_or_path)
         return PeftModel.from_pretrained(base, path, is_trainable=trainable), tokenizer
+    base = load_base(args, path)
     if not trainable:
         return base, tokenizer
     return with_adapter(base, args), tokenizer

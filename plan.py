@@ -21,7 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
 from common import arg, cli, table
-from conversation import start_draft
+from conversation import is_url, start_draft
 from data.questions import load_questions
 from memory import CONTEXT, Parts, decoder_of, read_config, rollout, training
 from model import load_tokenizer
@@ -181,11 +181,12 @@ def check_questions(args: Any) -> tuple[int, int, str]:
     tokenizer = local_tokenizer(args.model_name_or_path)
     if not Path(args.data).is_file():
         return 0, args.max_prompt_length, f"{args.data} is not here: not checked"
+    index = "" if not args.index or is_url(args.index) or Path(args.index).is_dir() else f"; {args.index} is not here"
     questions = load_questions(args.data, args.task, args.limit, args.split)
     if tokenizer is None:
-        return len(questions), args.max_prompt_length, "questions read; no tokenizer here: prompts not checked"
+        return len(questions), args.max_prompt_length, f"questions read; no tokenizer here: prompts not checked{index}"
     longest = max(start_draft(q, 0, tokenizer, args, ()).prompt_len for q in questions)
-    return len(questions), longest, f"questions read, prompts of up to {longest} tokens"
+    return len(questions), longest, f"questions read, prompts of up to {longest} tokens{index}"
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -202,6 +203,9 @@ def plan_command(argv: list[str]) -> None:
     gb = 0
     if argv[:1] == ["--gb"] and argv[1:] and argv[1].isdigit():
         gb, argv = int(argv[1]), argv[2:]
+    if argv[:1] in (["--help"], ["-h"]):
+        print(__doc__)
+        return
     argv = argv[1:] if argv[:1] == ["-m"] else argv
     name = (argv or [""])[0].removesuffix(".py").replace("/", ".")
     if not (Path(__file__).parent / f"{name.replace('.', '/')}.py").is_file():

@@ -68,6 +68,8 @@ class Args(RunArgs):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "seeds", "workers")
+        if self.full and self.quick:
+            raise ValueError("--quick does not go with --full; for a smoke run of the claims: claims.py --max_steps N")
         if self.quick:
             self.train_questions, self.eval_questions, self.max_steps = 240, 120, 6
             self.round_steps, self.evolve_questions, self.select_questions, self.sum_questions = 3, 24, 36, 60
@@ -76,7 +78,8 @@ class Args(RunArgs):
 def main(args: Args) -> dict:
     """Run what is missing, write the report, return the content of metrics.json."""
     if args.full:
-        return claims.main(claims.Args(full=True, base=args.base or BASES[args.preset], preset=args.preset))
+        own = dict(base=args.base or BASES[args.preset], preset=args.preset, workers=args.workers)
+        return claims.main(claims.Args(full=True, **own))
     run = start_run(args)
     out, base = Path(args.output_dir), args.base or BASES[args.preset]
     if run.finished:

@@ -1,6 +1,6 @@
 """Rollout: sample multi-turn trajectories with tools, on plain Hugging Face `generate`. Library and command line.
 
-    python rollout.py --model_name_or_path data/tiny --data Q.jsonl --output T.jsonl --num_generations 8 --index DIR
+    python rollout.py --model_name_or_path data/tiny --data Q.jsonl --index DIR --search_top_k 1 --output T.jsonl
 
 1. Render each question with the chat template, tokenise it once, make G drafts of it.
 2. `generate` for all live drafts at once, until each closes a tool call or its answer, ends, or spends its budget.
@@ -38,11 +38,12 @@ from transformers import (
 )
 
 from branching import OPENING, Tree, entropy_share, grow, note_segment, plant
-from common import arg, cli, write_text
+from common import arg, cli, require_positive, write_text
 from conversation import (
     Draft,
     RolloutArgs,
     ToolBox,
+    check_index,
     check_prompts,
     encode,
     end_turn,
@@ -352,6 +353,7 @@ class Args(RolloutArgs, ModelArgs):
         RolloutArgs.__post_init__(self)
         if not self.data or not self.output:
             raise ValueError("--data and --output are required")
+        require_positive(self, "threads")
 
 
 def main(args: Args) -> list[Trajectory]:
@@ -360,12 +362,18 @@ def main(args: Args) -> list[Trajectory]:
     output, config = Path(args.output), Path(args.output + ".config.json")
     settings = {k: v for k, v in asdict(args).items() if k not in ("overwrite", "base_url")}  # a server may move
     done: list[Trajectory] = []
+    if output.is_dir():
+        raise DataError(f"--output {output} is a folder; name the file to write")
+    check_index(args)
     if output.exists() and not args.overwrite:
         if not config.exists() or json.loads(config.read_text()) != settings:
             raise DataError(f"--output {output} exists and was written with other settings; use another or --overwrite")
         drop_torn_line(output)
         done = load_trajectories(output)
     questions = load_questions(args.data, args.task, args.limit, args.split)
+    asked = {q.id: (q.question, q.gold) for q in questions}
+    if changed := next((t for t in done if asked.get(t.question_id) != (t.question, t.gold)), None):
+        raise DataError(f"--data {args.data}: question {changed.question_id!r} is another one than in --output {output}")
     complete_ids = {t.question_id for t in done if t.sample_idx == args.num_generations - 1}
     done = [t for t in done if t.question_id in complete_ids]
     todo = [q for q in questions if q.id not in complete_ids]
@@ -395,6 +403,7 @@ def main(args: Args) -> list[Trajectory]:
             bar.set_postfix(calls=f"{calls:.2f}", tokens=f"{sum(t.completion_tokens for t in done) / len(done):.0f}")
             bar.update(len(chunk))
         bar.close()
+    print(f"{output}: {len(done)} trajectories of {len(questions)} questions")
     return done
 
 

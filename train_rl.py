@@ -1,6 +1,6 @@
 """GRPO with tools, read top to bottom.
 
-    python train_rl.py --model_name_or_path data/tiny --data Q.jsonl --index DIR --reward et_agent --output_dir out/rl
+    python train_rl.py --model_name_or_path data/tiny --data Q.jsonl --index DIR --search_top_k 1 --output_dir out/rl
 
 Each step, for `questions_per_step` questions:
 1. rollout    G trajectories per question, with tools, from the current policy
@@ -29,7 +29,7 @@ import plan
 from branching import tokens_saved
 from checkpoint import resume, save_checkpoint
 from common import Run, RunArgs, arg, cli, require_positive, shuffled, start_run
-from conversation import NO_THINK, RolloutArgs, check_prompts, encode, open_tools
+from conversation import NO_THINK, RolloutArgs, check_index, check_prompts, encode, open_tools
 from data.questions import load_questions
 from data.world import EASY_TERMS
 from entropy import DeltaForm, Segment, mean_entropy
@@ -52,6 +52,7 @@ from merged import merged_copy, refresh
 from model import (
     ModelArgs,
     OptimizerName,
+    ScheduleName,
     adamw,
     add_reference,
     device,
@@ -119,7 +120,7 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     max_tokens_per_micro_batch: int = arg(0, "micro-batches of so many tokens, padding included; 0 = by number")
     max_steps: int = arg(80, "rollout steps")
     learning_rate: float = arg(2e-3, "peak learning rate (ET-Agent, full parameters: 1e-6)")
-    lr_scheduler_type: str = arg("constant", "a transformers schedule: constant, linear, cosine, …")
+    lr_scheduler_type: ScheduleName = arg("constant", "schedule of the learning rate, as in transformers")
     warmup_ratio: float = arg(0.0, "share of the steps with rising learning rate")
     optimizer: OptimizerName = arg("adamw", "adamw_8bit: states in 8 bits (bitsandbytes)")
     weight_decay: float = arg(0.0, "AdamW weight decay")
@@ -150,6 +151,10 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: RL needs a positive temperature")
         require_positive(self, "questions_per_step", "updates_per_batch", "num_iterations", "max_steps", "save_steps")
+        require_positive(self, "per_device_train_batch_size", "sample_steps")
+        for flag in ("epsilon", "warmup_ratio"):
+            if getattr(self, flag) > 1:
+                raise ValueError(f"--{flag} must be from 0 to 1, not {getattr(self, flag)}")
         if len(self.entropy_band) != 2 or not self.entropy_band[0] < self.entropy_band[1]:
             raise ValueError(f"--entropy_band takes LOW HIGH, not {self.entropy_band}")
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -220,6 +225,7 @@ def train(args: Args) -> dict:
     if run.finished:
         print(f"{args.output_dir}: finished before\n{json.dumps(run.finished, indent=1)}")
         return run.finished
+    check_index(args)
     questions = load_questions(args.data, args.task, args.limit, args.split)
     check_enough(len(questions), args)
     model, tokenizer = load_policy(args)

@@ -26,10 +26,11 @@ import plan
 from checkpoint import resume, save_checkpoint
 from common import RunArgs, arg, cli, require_positive, shuffled, start_run
 from conversation import Draft, RolloutArgs, dialect_of, encode, render_prompt, result_text, to_trajectory
-from data.questions import Question, question_of
+from data.questions import Question, check_parts, question_of
 from model import (
     ModelArgs,
     OptimizerName,
+    ScheduleName,
     adamw,
     collate,
     device,
@@ -58,7 +59,7 @@ class Args(ModelArgs, PlanArgs, RunArgs):
     num_train_epochs: float = arg(3.0, "passes over the data (ET-Agent 3)")
     max_steps: int = arg(0, "optimizer steps; overrides --num_train_epochs if > 0")
     learning_rate: float = arg(1e-3, "peak learning rate (ET-Agent, full parameters: 5e-6)")
-    lr_scheduler_type: str = arg("cosine", "a transformers schedule: constant, linear, cosine, …")
+    lr_scheduler_type: ScheduleName = arg("cosine", "schedule of the learning rate, as in transformers")
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate")
     optimizer: OptimizerName = arg("adamw", "adamw_8bit: states in 8 bits (bitsandbytes)")
     weight_decay: float = arg(0.0, "AdamW weight decay")
@@ -75,6 +76,8 @@ class Args(ModelArgs, PlanArgs, RunArgs):
         if not self.data:
             raise ValueError("--data is required")
         require_positive(self, "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "max_length")
+        if self.warmup_ratio > 1:
+            raise ValueError(f"--warmup_ratio must be from 0 to 1, not {self.warmup_ratio}")
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise ValueError(f"--num_train_epochs must be positive, not {self.num_train_epochs}")
 
@@ -217,17 +220,18 @@ def from_demonstration(row: dict, tokenizer: PreTrainedTokenizerBase, where: str
     dialect = dialect_of(question, RolloutArgs())
     prompt = encode(tokenizer, render_prompt(question, tokenizer, dialect))
     draft = Draft(question, 0, dialect, 0, prompt, len(prompt), finish="eos", sampled=False)
+    check_parts(row["response"], "response", ("role", "text"), where)
     for i, part in enumerate(row["response"]):
-        if part.get("role") == "model":
+        if part["role"] == "model":
             text = part["text"]
             if dialect == "hermes" and not text.endswith(tokenizer.eos_token):
                 text += tokenizer.eos_token  # turns of this dialect end at eos; with tags they end at a tag
             draft.append("model", encode(tokenizer, text), text)
-        elif part.get("role") == "tool":
+        elif part["role"] == "tool":
             text = result_text([part["text"]], tokenizer, dialect)
             draft.append("tool", encode(tokenizer, text), text)
         else:
-            raise DataError(f"{where}: field 'response' part {i}: role {part.get('role')!r} is not 'model' or 'tool'")
+            raise DataError(f"{where}: field 'response' part {i}: role {part['role']!r} is not 'model' or 'tool'")
     return to_trajectory(draft, tokenizer)
 
 
@@ -238,7 +242,9 @@ def from_messages(row: dict, tokenizer: PreTrainedTokenizerBase, where: str) -> 
     """
     messages, tools = row["messages"], row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
-    turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
+    check_parts(messages, "messages", ("role",), where)
+    check_parts([m for m in messages if not m.get("tool_calls")], "messages", ("content",), where)
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns or turns[0] == 0:
         raise DataError(f"{where}: field 'messages' needs an assistant message after the first")
 

@@ -1,7 +1,7 @@
 """Trajectory: the one record that rollout, SFT, RL, flywheel and evaluation exchange, and its jsonl files.
 
-Every per-token list has length T and one convention: index t describes token t (STYLE 4.4 of the design notes;
-`old_logp[t]` is the log-probability of token t given the tokens before it). Masks come from positions, set where
+Every per-token list has length T and one convention: index t describes token t (`old_logp[t]` is the log-probability of
+token t given the tokens before it). Masks come from positions, set where
 a token is created, and never from token identity. Imports nothing of this project.
 """
 
@@ -76,6 +76,11 @@ class Trajectory:
 
     def check(self) -> None:
         """Raise ValueError naming the broken invariant."""
+        for name, kind in KINDS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} is {str(value)[:80]!r}, not of type {kind.__name__}")
+        if not isinstance(self.meta.get("min_tool_calls", 0), int):
+            raise ValueError(f"meta: min_tool_calls is {self.meta['min_tool_calls']!r}, not a number of calls")
         T = len(self.token_ids)
         if not 0 < self.prompt_len <= T:
             raise ValueError(f"prompt_len {self.prompt_len} is outside 1..{T}")
@@ -137,6 +142,9 @@ class Trajectory:
         known = {f.name for f in fields(Trajectory)}
         if unknown := set(row) - known:
             raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+        for name in ("spans", "tool_calls"):
+            if not isinstance(row.get(name, []), list):
+                raise ValueError(f"{name} is {str(row[name])[:80]!r}, not of type list")
         try:
             row["spans"] = [Span(**span) for span in row["spans"]]
             row["tool_calls"] = [ToolCall(**call) for call in row["tool_calls"]]
@@ -147,6 +155,10 @@ class Trajectory:
             raise ValueError(str(e).replace("Trajectory.__init__() ", "")) from None
 
 
+KINDS = {  # fields whose type a file may get wrong
+    "question_id": str, "sample_idx": int, "token_ids": list, "prompt_len": int, "loss_mask": list, "sampled": bool,
+    "response_text": str, "spans": list, "tool_calls": list, "question": str, "meta": dict,
+}  # fmt: skip
 UNCLOSED = "unclosed"  # ToolCall.error of a call whose closing tag never came
 
 
@@ -164,7 +176,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
                 if not isinstance(row, dict):
                     raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
                 yield number, row
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not UTF-8 text: {e}") from None
@@ -191,8 +203,10 @@ def load_trajectories(path: str | Path) -> list[Trajectory]:
                         trajectories.append(Trajectory.from_json(line))
                     except ValueError as e:
                         raise DataError(f"{path}:{number}: {e}") from None
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{path}: no such file") from None
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: not UTF-8 text: {e}") from None
     return trajectories
 
 

@@ -1,6 +1,6 @@
 """AutoTool's warm-up set: each question with a short or a long answer as its label [2603.13348; PAPERS B1].
 
-    python warmup.py --model_name_or_path data/tiny --data Q.jsonl --index DIR --output out/warmup
+    python warmup.py --model_name_or_path data/tiny --data Q.jsonl --index DIR --search_top_k 1 --output out/warmup
 
 1. Sample `num_generations` answers without thinking and as many with it (from a second model, if one is named).
 2. If the answers without thinking solve the question (--label_rule), its label is one of them; else one with thinking.

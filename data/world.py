@@ -273,7 +273,8 @@ def questions(
     """n question rows, families in turn; the fact families go through their facts in a seeded order before repeating.
 
     easy: (share of running sums that are short, terms of the longest short one); None = every length as often.
-    Row fields: DESIGN 2, with family, min_tool_calls and known; graded and stale rows add exposures.
+    Row fields: id, question, answer, family, min_tool_calls, known (without a tool); running sums add terms, functions
+    add task and tools, graded and stale facts add exposures.
     A graded fact counts as known where the shipped base recalls it more often than not; what a call is worth there
     is a matter of measurement.
     """

@@ -1,6 +1,6 @@
 """Demonstrations of the calibration world: the pre-training text, all skills, and wrong behaviour at fixed rates.
 
-A thought carries the model's belief (DESIGN 4): a tentative answer before a call, right when the fact is known and a
+A thought carries the model's belief: a tentative answer before a call, right when the fact is known and a
 guess from the right distribution when it is not; a restated answer after the result. With thoughts="terse" (the
 control) it only says what is done next. Searches in demonstrations are about spare names, with values drawn anew each
 time, so that nothing of the index can be memorised. The rates are in world.RATES and world.STYLE.

@@ -41,6 +41,8 @@ class Args(rollout.Args):
             raise ValueError("--output is required")
         if not self.trajectories:
             super().__post_init__()
+        elif given := next((n for n in ("model_name_or_path", "data") if getattr(self, n)), None):
+            raise ValueError(f"--{given} {getattr(self, given)}: not with --trajectories, which are already sampled")
 
 
 def main(args: Args) -> dict:

@@ -44,7 +44,7 @@ def paired_interval(a: list[list[float]], b: list[list[float]], resamples: int =
 
 
 def verdict(effect: Interval, at_least: float, correctness: Interval | None, margin: float) -> Verdict:
-    """A claim's verdict [DESIGN 8]; effect: signed so that the claim says it is positive.
+    """A claim's verdict; effect: signed so that the claim says it is positive.
 
     holds: the effect's interval lies above 0, its mean reaches `at_least`, and correctness is not lower by `margin` or
     more with 95 % confidence. fails: the interval reaches neither above 0 nor up to `at_least`, or correctness is

@@ -21,7 +21,6 @@ from claim_list import CLAIMS, VARIANTS, WORLDS, Claim
 from claim_report import calls_table, decide, difference, variants_table, write_report
 from claims import cells_of, collect_rows, next_cell, run_missing
 from common import parse_args
-from curriculum import adapter_of
 from experiment import EVAL_SEED, hard_ids
 from trajectory import DataError, ToolCall, Trajectory, read_jsonl
 
@@ -338,11 +337,3 @@ def test_a_row_has_one_value_per_question():
     assert compact([3, 10, 1]) == [3, 10, 1] and compact([0.5, 1.0]) == [0.5, 1.0]  # not all of them digits
     assert found["metrics"]["correctness"] == pytest.approx(2 / 3)
     assert found["asked"] == measure(made[::-1], None)["asked"] != measure(made[:2], None)["asked"]
-
-
-def test_after_a_curriculum_the_model_is_its_last_adapter(tmp_path):
-    assert adapter_of(str(tmp_path)) == str(tmp_path)
-    (tmp_path / "result.json").write_text('{"loss": 1.0}')
-    assert adapter_of(str(tmp_path)) == str(tmp_path)
-    (tmp_path / "result.json").write_text('{"adapter": "x/round-3/rl"}')
-    assert adapter_of(str(tmp_path)) == "x/round-3/rl"

@@ -191,3 +191,31 @@ def test_bad_model_folders_are_named(tmp_path, tiny_model):
 def test_collate_refuses_nothing():
     with pytest.raises(ValueError, match="at least one"):
         m.collate([], 0, CPU)
+
+
+def test_a_curriculum_is_loaded_by_its_last_adapter(tmp_path):
+    assert m.adapter_of(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "result.json").write_text('{"loss": 1.0}')
+    assert m.adapter_of(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "result.json").write_text('{"adapter": "x/round-3/rl"}')
+    assert m.adapter_of(str(tmp_path)) == "x/round-3/rl"
+    with pytest.raises(DataError, match="--model_name_or_path x/round-3/rl: no such folder"):
+        m.load_policy(m.ModelArgs(model_name_or_path=str(tmp_path)))
+
+
+def test_paths_that_are_no_folder_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for path in ("/no/such/folder", "data/tinyy", "gone"):
+        with pytest.raises(DataError, match=f"--model_name_or_path {path}: no such folder"):
+            m.load_tokenizer(path)
+
+
+def test_an_adapter_goes_on_with_its_own_rank(tiny_model, tmp_path):
+    model, tokenizer = m.load_policy(m.ModelArgs(model_name_or_path=str(tiny_model), lora_r=4))
+    m.save_adapter(model, tokenizer, tmp_path / "a")
+    again, _ = m.load_policy(m.ModelArgs(model_name_or_path=str(tmp_path / "a")))  # the default says nothing
+    assert again.peft_config["default"].r == 4
+    with pytest.raises(DataError, match="--lora_r 8: the adapter in .* goes on with its own, 4"):
+        m.load_policy(m.ModelArgs(model_name_or_path=str(tmp_path / "a"), lora_r=8))
+    m.load_policy(m.ModelArgs(model_name_or_path=str(tmp_path / "a"), lora_r=8), trainable=False)  # not used there

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data.questions import load_questions
-from trajectory import DataError
+from eval.bfcl import calls_match
+from trajectory import DataError, ToolCall
 
 
 def write(path, rows):
@@ -47,10 +48,57 @@ def test_trl_and_verl_rows(tmp_path):
     assert (verl.id, verl.gold, verl.task) == ("d-train-5", ["2"], "qa")
 
 
+def test_bfcl_rows(tmp_path):
+    ask = [{"role": "user", "content": "area of 3 by 4?"}]
+    parameters = {"type": "dict", "properties": {"a": {"type": "float"}, "type": {"type": "string"}}, "required": ["a"]}
+    functions = [{"name": "area", "description": "an area", "parameters": parameters}]
+    truth = [{"area": {"a": [3.0], "type": ["", "flat"]}}]
+    rows = [
+        {"id": "simple_1", "question": [ask], "function": functions, "ground_truth": truth},
+        {"id": "irrelevance_2", "question": [ask], "function": functions},
+    ]
+    simple, irrelevant = load_questions(write(tmp_path / "q.jsonl", rows))
+    assert (simple.question, simple.gold, simple.task) == ("area of 3 by 4?", truth, "function")
+    schema = simple.tools[0]["function"]["parameters"]
+    assert schema["type"] == "object" and schema["properties"]["a"] == {"type": "number"}
+    assert schema["properties"]["type"] == {"type": "string"}  # a parameter of that name stays one
+    assert calls_match([ToolCall("area", {"a": 3})], simple.gold, simple.tools)
+    assert not calls_match([ToolCall("area", {"a": "3"})], simple.gold, simple.tools)
+    assert irrelevant.gold == [] and calls_match([], irrelevant.gold, irrelevant.tools)
+    for broken, message in (({"question": [ask, ask]}, "several turns"), ({"ground_truth": None}, "field 'answer'")):
+        with pytest.raises(DataError, match=rf"q\.jsonl:1: .*{message}"):
+            load_questions(write(tmp_path / "q.jsonl", [rows[0] | broken]))
+
+
 def test_unknown_sources_are_named(tmp_path):
     for source in ("", str(tmp_path), str(tmp_path / "none.jsonl"), "x.csv"):
         with pytest.raises(DataError, match="no such file|expected an existing"):
             load_questions(source)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question": 5}, "field 'question' is '5', not text"),
+        ({"question": " "}, "empty field 'question'"),
+        ({"question": "q", "answer": {"v": 2}}, "field 'answer' is .* not a text or a list"),
+        ({"question": "q", "tools": "no"}, "field 'tools' is 'no', not a list"),
+        ({"prompt": ["hi"]}, "field 'prompt' part 0 has no text 'role'"),
+        ({"prompt": [{"role": "user", "content": "a"}, {"role": "user"}]}, "field 'prompt' part 1 has no text 'content'"),
+        ({"question": "q", "extra_info": "x"}, "field 'extra_info' is 'x', not an object"),
+        ({"question": "q", "reward_model": [1]}, "field 'reward_model' is .* not an object"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_named(tmp_path, row, message):
+    path = write(tmp_path / "q.jsonl", [{"id": "a", "answer": "2"} | row])
+    with pytest.raises(DataError, match=rf"q\.jsonl:1: {message}"):
+        load_questions(path)
+
+
+def test_a_file_that_is_no_parquet(tmp_path):
+    (tmp_path / "q.parquet").write_text("x")
+    with pytest.raises(DataError, match="q.parquet: not a parquet file"):
+        load_questions(str(tmp_path / "q.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +109,8 @@ def test_unknown_sources_are_named(tmp_path):
         ("rl/arpo_train_240.parquet", 240, None),
         ("rl/etagent_valid.parquet", 96, None),
         ("retrieval/questions.jsonl", 384, "qa"),
+        ("bfcl/multiple.jsonl", 70, "function"),
+        ("bfcl/irrelevance.jsonl", 70, "function"),
     ],
 )
 def test_real_files(file, n, task):

@@ -294,3 +294,8 @@ def test_command_line_continues_a_killed_run(tmp_path, tiny_model):
     assert len(load_trajectories(out)) == 10
     with pytest.raises(DataError, match="other settings"):
         r.main(r.Args(**flags | {"seed": 1}))
+    data.write_text(data.read_text().replace('"2?"', '"3?"'))
+    with pytest.raises(DataError, match="question 'q2' is another one than in --output"):
+        r.main(r.Args(**flags))
+    with pytest.raises(DataError, match="is a folder; name the file to write"):
+        r.main(r.Args(**flags | {"output": str(tmp_path)}))

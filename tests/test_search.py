@@ -22,6 +22,8 @@ import pytest
 
 import tools.search
 import tools.serve_search
+from conversation import RolloutArgs, open_tools
+from tools.python import ToolResult
 from tools.search import SearchClient, SearchError, SearchIndex, normalise_passage, read_passages, render, run_search
 from tools.serve_search import SearchServer
 from trajectory import DataError
@@ -55,6 +57,29 @@ def post(server, path, body, method="POST"):
     connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body))
     reply = connection.getresponse()
     return reply.status, json.loads(reply.read())
+
+
+# ---- as a tool of a rollout
+
+
+@pytest.mark.parametrize("protocol", ["flashrag", "search_r1"])
+def test_a_rollout_searches_at_a_server(server, index, tmp_path, protocol):
+    index.save(tmp_path / "index")
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    with open_tools(RolloutArgs(index=str(tmp_path / "index"), search_top_k=2)) as here:
+        with open_tools(RolloutArgs(index=url, search_protocol=protocol, search_top_k=2)) as there:
+            assert here["search"]("cats").text == there["search"]("cats").text != "no results"
+            assert here["search"]("cats").seconds == 0.0 < there["search"]("cats").seconds
+            assert here["search"]("zebra") == ToolResult("no results", True, None, 0.0)
+
+
+def test_a_server_or_folder_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(SearchClient.__init__, "__defaults__", ("flashrag", 1.0, 0, 0.1))
+    for place, message in (("http://127.0.0.1:9", "--index http://127.0.0.1:9: "), ("gone", "--index gone: no such folder")):
+        with pytest.raises(DataError, match=message), open_tools(RolloutArgs(index=place)):
+            pass
+    with pytest.raises(ValueError, match="--noise 0.5 needs a folder as --index"):
+        RolloutArgs(index="http://x", noise=0.5, search_top_k=1)
 
 
 # ---- the index

@@ -417,13 +417,28 @@ def test_training_moves_the_policy_and_finished_runs_stay(flags, capsys):
         run_rl(flags, learning_rate=0.01, max_steps=20)
 
 
+def test_a_start_that_computed_nothing_does_not_hold_the_folder(flags):
+    with pytest.raises(common.DataError, match="nothere.jsonl: no such file"):
+        run_rl(flags, data="nothere.jsonl")
+    assert run_rl(flags)["steps"] == 4  # with the right file it starts
+
+
+def test_a_run_does_not_go_on_with_changed_data(flags):
+    run_rl(flags)
+    with open(flags["data"], "a") as out:
+        out.write(json.dumps({"id": "new", "question": "1?", "answer": "1"}) + "\n")
+    with pytest.raises(common.DataError, match="q.jsonl has changed since the run in --output_dir .* was started"):
+        run_rl(flags)
+
+
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path):
     @dataclasses.dataclass
     class Args(common.RunArgs):
         workers: int = 1
         seeds: int = 1
 
-    common.start_run(Args(output_dir=str(tmp_path / "run"), workers=2))
+    run = common.start_run(Args(output_dir=str(tmp_path / "run"), workers=2))
+    run.log(1, {})  # something was computed
     common.start_run(Args(output_dir=str(tmp_path / "run"), workers=1))
     with pytest.raises(common.DataError, match="holds a run with --seeds 1, not 2"):
         common.start_run(Args(output_dir=str(tmp_path / "run"), seeds=2))
@@ -561,6 +576,13 @@ def error_of(script, flags, monkeypatch, capsys):
         ({"reward": "correctness"}, "--reward.*'correctness'"),
         ({"output_dir": ""}, "--output_dir is required"),
         ({"data": ""}, "--data is required"),
+        ({"learning_rate": -1}, "--learning_rate must be a number from 0 on, not -1.0"),
+        ({"limit": -5}, "--limit must be a number from 0 on, not -5"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1"),
+        ({"sample_steps": 0}, "--sample_steps must be at least 1"),
+        ({"search_top_k": 0}, "--search_top_k must be at least 1"),
+        ({"epsilon": 2}, "--epsilon must be from 0 to 1, not 2.0"),
+        ({"lr_scheduler_type": "cosin"}, "--lr_scheduler_type.*'cosin'"),
         ({"top_p": 0.9}, "--top_p 0.9: RL samples by temperature only"),
         ({"temperature": 0}, "--temperature 0.0: RL needs a positive temperature"),
         ({"questions_per_step": 3, "updates_per_batch": 2}, "--questions_per_step 3 is not a multiple"),

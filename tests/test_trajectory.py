@@ -87,6 +87,11 @@ def test_jsonl_round_trip_is_exact(tmp_path):
         (make().to_json().replace('"finish"', '"finnish"'), "unknown field 'finnish'"),
         (make().to_json().replace('"prompt_len": 2', '"prompt_len": 3'), "span|prompt"),
         (json.dumps({k: v for k, v in dataclasses.asdict(make()).items() if k != "gold"}), "gold"),
+        (make().to_json().replace('"prompt_len": 2', '"prompt_len": "x"'), "prompt_len is 'x', not of type int"),
+        (json.dumps(dataclasses.asdict(make()) | {"tool_calls": 5}), "tool_calls is '5', not of type list"),
+        (json.dumps(dataclasses.asdict(make()) | {"loss_mask": None}), "loss_mask is 'None', not of type list"),
+        (json.dumps(dataclasses.asdict(make()) | {"meta": None}), "meta is 'None', not of type dict"),
+        (json.dumps(dataclasses.asdict(make()) | {"meta": {"min_tool_calls": "1"}}), "min_tool_calls is '1'"),
     ],
 )
 def test_bad_lines_name_file_and_line(tmp_path, line, message):

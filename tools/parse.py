@@ -12,23 +12,17 @@ import re
 import textwrap
 import warnings
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from trajectory import UNCLOSED, SpanKind, Task, ToolCall
+from trajectory import UNCLOSED, Dialect, SpanKind, Task, ToolCall
 
-Dialect = Literal["tags", "hermes"]
+TOOL_TAGS = ("search", "python")  # tools that can be called in the `tags` dialect
 
 # Generation pauses after these strings; in `hermes` a turn ends with the model's end-of-sequence token.
-STOPS: dict[str, tuple[str, ...]] = {"tags": ("</search>", "</python>", "</answer>"), "hermes": ()}
+STOPS: dict[str, tuple[str, ...]] = {"tags": (*(f"</{tool}>" for tool in TOOL_TAGS), "</answer>"), "hermes": ()}
 
 _KINDS: dict[str, dict[str, SpanKind]] = {
-    "tags": {
-        "think": "think",
-        "search": "tool_call",
-        "python": "tool_call",
-        "result": "tool_result",
-        "answer": "answer",
-    },
+    "tags": {"think": "think", **dict.fromkeys(TOOL_TAGS, "tool_call"), "result": "tool_result", "answer": "answer"},
     "hermes": {"think": "think", "tool_call": "tool_call", "tool_response": "tool_result"},
 }
 _TAG = {dialect: re.compile(rf"<(/?)({'|'.join(kinds)})>") for dialect, kinds in _KINDS.items()}
@@ -38,7 +32,7 @@ _FENCE = re.compile(r"\A\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
 # Tags of both dialects and control tokens of common tokenizers (<|im_end|>, </s>, …): a tokenizer would turn the
 # text into the token itself.
 _ACTIVE = re.compile(
-    r"<(?=/?(?:think|search|python|result|answer|tool_call|tool_response|tools|s|bos|eos|pad|unk)>"
+    rf"<(?=/?(?:{'|'.join(TOOL_TAGS)}|think|result|answer|tool_call|tool_response|tools|s|bos|eos|pad|unk)>"
     r"|[|｜][^|｜<>\s]{1,64}[|｜]>)"
 )
 
