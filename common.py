@@ -177,7 +177,8 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
     elif args.overwrite and config_file.exists():
         shutil.rmtree(directory)
     finished = None
-    if not directory.exists() or all(p.name in STARTED for p in directory.iterdir()):  # nothing was computed there
+    unused = not directory.exists() or all(p.name in STARTED for p in directory.iterdir())  # nothing was computed there
+    if unused and distributed.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "env.json", json.dumps(environment(args.threads, data_files), indent=1) + "\n")
         write_text(config_file, json.dumps(config, indent=1) + "\n")
