@@ -5,6 +5,7 @@ its variants; two figures.
 """
 
 from collections.abc import Iterable
+from math import isnan
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -115,6 +116,8 @@ def values(row: dict, metric: str) -> list[float]:
 
 
 def _shown(interval: Interval) -> str:
+    if isnan(interval.low):
+        return f"{interval.mean:+.3f} (one seed)"
     return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
@@ -134,6 +137,7 @@ def variants_table(claim: Claim, rows: Rows) -> str:
     """
     sums = WORLDS[VARIANTS[claim.pairs[0][0]].world].easy_share is not None
     metrics, lines = MODE_METRICS if sums else TOOL_METRICS, []
+    branched = any(saved_tokens(row) for v in variants_of([claim]) for row in seeds_of(v, rows))
     for variant in variants_of([claim]):
         if not (mine := seeds_of(variant, rows)):
             continue
@@ -141,15 +145,20 @@ def variants_table(claim: Claim, rows: Rows) -> str:
         for metric in metrics:
             means = [fmean(values(row, metric)) for row in mine]
             line.append(f"{fmean(means):.3f}" + (f" ± {stdev(means):.3f}" if len(means) > 1 else ""))
-        saved = [row["curves"].get("rollout/tokens_saved", [0])[-1] for row in mine]
-        line.append(fmean(saved) if any(saved) else "")
+        if branched:
+            line.append(fmean(saved_tokens(row) for row in mine))
         if sums:
             silent = [row["curves"]["frac_reward_zero_std"][-1] for row in mine if row["curves"]]
             line.append(sum(fmean(values(row, "thinking|hard")) < COLLAPSED for row in mine))
             line.append(fmean(silent) if silent else "")
         lines.append(line)
-    names = [*map(in_words, metrics), "tokens saved", *(("collapsed", "groups without signal") if sums else ())]
+    names = [*map(in_words, metrics), *(["tokens saved"] if branched else []), *(("collapsed", "groups without signal") if sums else ())]
     return table(["variant", "seeds", *names], lines)
+
+
+def saved_tokens(row: dict) -> float:
+    """Share of the sampled tokens that branching saved in the last steps of training."""
+    return row["curves"].get("rollout/tokens_saved", [0.0])[-1]
 
 
 def calls_table(claim: Claim, rows: Rows) -> str:
