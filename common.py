@@ -50,10 +50,10 @@ def require_positive(args: Any, *flags: str) -> None:
 
 
 def check_numbers(args: Any) -> None:
-    """ValueError that names the first number among the flags that is negative or not finite: no flag means that."""
+    """ValueError that names the first number among the flags that is negative or no number: no flag means that."""
     for f in fields(args):
         value = getattr(args, f.name)
-        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
+        if isinstance(value, (int, float)) and not value >= 0:
             raise ValueError(f"--{f.name} must be a number from 0 on, not {value}")
 
 

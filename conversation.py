@@ -92,6 +92,8 @@ class RolloutArgs:
         check_numbers(self)
         require_positive(self, "num_generations", "max_completion_length", "rollout_batch_size", "tool_workers")
         require_positive(self, "search_top_k", "search_max_chars", "python_memory_mb")
+        if self.temperature == float("inf"):
+            raise ValueError("--temperature must be finite, not inf")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be in (0, 1], not {self.top_p}")
         if not 0 <= self.noise <= 1:
