@@ -79,7 +79,7 @@ class Trajectory:
         for name, kind in KINDS.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise ValueError(f"{name} is {str(value)[:80]!r}, not of type {kind.__name__}")
-        if not isinstance(self.meta.get("min_tool_calls", 0), int):
+        if not isinstance(self.meta.get("min_tool_calls"), (int, type(None))):
             raise ValueError(f"meta: min_tool_calls is {self.meta['min_tool_calls']!r}, not a number of calls")
         T = len(self.token_ids)
         if not 0 < self.prompt_len <= T:

@@ -669,7 +669,7 @@ def test_bad_flags_are_named(tmp_path):
         ({"mode": "think"}, "--mode think"),
         ({"branching": "arpo"}, "--branching arpo"),
         ({"critic": "rule", "critic_base_url": "http://x"}, "--critic_base_url"),
-        ({"rounds": -1}, "--rounds -1"),
+        ({"rounds": -1}, "--rounds must be a number from 0 on, not -1"),
         ({"rft_per_question": 0}, "--rft_per_question"),
     ]:
         with pytest.raises(ValueError, match=message):
