@@ -21,7 +21,7 @@ from data import world
 from data.questions import load_questions
 from eval import action_space, behaviour, insufficiency
 from eval.evaluate import evaluate
-from experiment import EVAL_SEED, PROBES, SAMPLING, hard_ids
+from experiment import EVAL_SEED, PROBES, RL_SAMPLING, SAMPLING, hard_ids
 from trajectory import Trajectory
 
 FAMILIES = ",".join(world.PLAIN)
@@ -63,7 +63,7 @@ class Job(NamedTuple):
         """The adapter folder of a GRPO run."""
         own = dict(model_name_or_path=start, data=data, output_dir=str(self.folder / stage), seed=self.seed)
         print(f"== {stage}", flush=True)
-        own |= dict(max_steps=self.args.max_steps, rollout_dtype="float32")
+        own |= dict(RL_SAMPLING, max_steps=self.args.max_steps)
         train_rl.main(train_rl.Args(**self.shared | own | flags))
         return own["output_dir"]
 
@@ -121,8 +121,7 @@ def et_agent_whole(job: Job) -> dict:
     folder = job.folder / "curriculum"
     own = dict(model_name_or_path=models["rft"], data=train, limit=args.select_questions, seed=job.seed)
     own |= dict(num_questions=args.select_questions // 2, select_generations=8, rounds=ROUNDS)
-    own |= dict(sigma_tool=args.sigma_tool, sigma_length=args.sigma_length, max_steps=args.round_steps)
-    own |= dict(rollout_dtype="float32")
+    own |= dict(sigma_tool=args.sigma_tool, sigma_length=args.sigma_length, max_steps=args.round_steps) | RL_SAMPLING
     done = len(curriculum.main(curriculum.Args(**job.shared | own, output_dir=str(folder)))["rounds"])
     for r in range(1, ROUNDS + 1):  # a round with too little left to learn ends the curriculum: the policy stays
         models[f"rl_round_{r}"] = round_folder(job, min(r, done))

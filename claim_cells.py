@@ -30,7 +30,7 @@ from eval.behaviour import insufficient, redundant_calls
 from eval.entropy_pilot import analyse, fill_entropies
 from eval.evaluate import evaluate
 from eval.grader import score
-from experiment import EVAL_SEED, PROBES, SAMPLING, hard_ids
+from experiment import EVAL_SEED, PROBES, RL_SAMPLING, SAMPLING, hard_ids
 from tools.search import SearchIndex
 from trajectory import DataError, Trajectory, load_trajectories, write_jsonl
 
@@ -84,9 +84,8 @@ def _job(name: str, script: str, declared: dict, model: str, names: dict, args: 
     """The job of a stage: declared flags over those that all stages share, as far as the script has them."""
     cls = importlib.import_module(script).Args
     known, noise = {f.name for f in fields(cls)}, float(names["noise"])
-    shared = {"model_name_or_path": model, "data": names["train"], "index": names["index"], **SAMPLING,
-              "noise": noise, "noise_seed": names["seed"], "seed": names["seed"], "threads": 1, "engine": "fast",
-              "rollout_dtype": "float32"}  # fmt: skip
+    shared = {"model_name_or_path": model, "data": names["train"], "index": names["index"], **SAMPLING, **RL_SAMPLING,
+              "noise": noise, "noise_seed": names["seed"], "seed": names["seed"], "threads": 1, "engine": "fast"}  # fmt: skip
     flags = {k: v for k, v in shared.items() if k in known}
     flags |= {k: _filled(v, names) for k, v in declared.items()}
     if args.max_steps and "max_steps" in flags:

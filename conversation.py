@@ -154,8 +154,13 @@ def search_tool(args: RolloutArgs) -> Callable[[str], ToolResult]:
 
 def check_index(args: RolloutArgs) -> None:
     """DataError if `--index` names a folder that is not there; before any work starts."""
-    if args.index and not is_url(args.index) and not Path(args.index).is_dir():
+    if not has_index(args):
         raise DataError(f"--index {args.index}: no such folder")
+
+
+def has_index(args: RolloutArgs) -> bool:
+    """False if `--index` names a folder that is not on this machine."""
+    return not args.index or is_url(args.index) or Path(args.index).is_dir()
 
 
 def is_url(place: str) -> bool:

@@ -58,6 +58,7 @@ class ModelArgs:
     def __post_init__(self):
         if not self.model_name_or_path:
             raise ValueError("--model_name_or_path is required")
+        self.model_name_or_path = adapter_of(self.model_name_or_path)
         if self.dtype == "auto":  # resolved here: transformers would stumble over "auto" beside an adapter's files
             gpu = torch.cuda.is_available() or getattr(self, "dry_run_gb", 0)  # device() would take GPU 0 for all
             self.dtype = "bfloat16" if gpu else "float32"
@@ -97,7 +98,6 @@ def adapter_of(path: str) -> str:
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Tokenizer of a model folder, hub id or adapter folder; DataError if there is none or it has no chat template."""
-    path = adapter_of(path)
     if not Path(path).exists() and (len(Path(path).parts) != 2 or Path(path).parent.is_dir()):
         raise DataError(f"--model_name_or_path {path}: no such folder, and no name on the hub (owner/model)")
     if Path(path).is_dir() and not any(Path(path, name).is_file() for name in TOKENIZER_FILES):
@@ -163,7 +163,7 @@ def load_policy(args: ModelArgs, trainable: bool = True) -> tuple[torch.nn.Modul
 
     The fresh adapter is zero (B = 0), so the policy starts as the base.
     """
-    path = adapter_of(args.model_name_or_path)
+    path = args.model_name_or_path
     tokenizer = load_tokenizer(path, args.trust_remote_code)
     if (Path(path) / "adapter_config.json").is_file():
         config = LoraConfig.from_pretrained(path)

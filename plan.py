@@ -21,7 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
 from common import arg, cli, table
-from conversation import is_url, start_draft
+from conversation import has_index, start_draft
 from data.questions import load_questions
 from memory import CONTEXT, Parts, decoder_of, read_config, rollout, training
 from model import load_tokenizer
@@ -181,7 +181,7 @@ def check_questions(args: Any) -> tuple[int, int, str]:
     tokenizer = local_tokenizer(args.model_name_or_path)
     if not Path(args.data).is_file():
         return 0, args.max_prompt_length, f"{args.data} is not here: not checked"
-    index = "" if not args.index or is_url(args.index) or Path(args.index).is_dir() else f"; {args.index} is not here"
+    index = "" if has_index(args) else f"; {args.index} is not here"
     questions = load_questions(args.data, args.task, args.limit, args.split)
     if tokenizer is None:
         return len(questions), args.max_prompt_length, f"questions read; no tokenizer here: prompts not checked{index}"

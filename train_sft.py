@@ -243,7 +243,8 @@ def from_messages(row: dict, tokenizer: PreTrainedTokenizerBase, where: str) -> 
     messages, tools = row["messages"], row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     check_parts(messages, "messages", ("role",), where)
-    check_parts([m for m in messages if not m.get("tool_calls")], "messages", ("content",), where)
+    silent = [m | {"content": ""} if m.get("tool_calls") else m for m in messages]  # a call may come without text
+    check_parts(silent, "messages", ("content",), where)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns or turns[0] == 0:
         raise DataError(f"{where}: field 'messages' needs an assistant message after the first")

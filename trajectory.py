@@ -164,22 +164,14 @@ UNCLOSED = "unclosed"  # ToolCall.error of a call whose closing tag never came
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield (line number, object) of a jsonl file, blank lines skipped; DataError names file and line."""
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as e:
-                    raise DataError(f"{path}:{number}: not valid JSON: {e}") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-                yield number, row
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"{path}: no such file") from None
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 text: {e}") from None
+    for number, line in _read_lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise DataError(f"{path}:{number}: not valid JSON: {e}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        yield number, row
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
@@ -195,19 +187,23 @@ def save_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> i
 def load_trajectories(path: str | Path) -> list[Trajectory]:
     """Read and check a trajectory file; DataError names file, line and the broken field."""
     trajectories = []
+    for number, line in _read_lines(path):
+        try:
+            trajectories.append(Trajectory.from_json(line))
+        except ValueError as e:
+            raise DataError(f"{path}:{number}: {e}") from None
+    return trajectories
+
+
+def _read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of a text file, blank lines skipped; DataError if it cannot be read."""
     try:
         with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        trajectories.append(Trajectory.from_json(line))
-                    except ValueError as e:
-                        raise DataError(f"{path}:{number}: {e}") from None
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not UTF-8 text: {e}") from None
-    return trajectories
 
 
 def groups_of(trajectories: Iterable[Trajectory]) -> list[list[Trajectory]]:

@@ -80,7 +80,7 @@ def read_rows(source: str, split: str = "train", config: str | None = None) -> I
 
 def question_of(row: dict, where: str, task: str = "auto") -> Question:
     """One row of any supported kind; `where` names it in the DataError of a missing, empty or unknown field."""
-    row = _from_bfcl(row, where) if "function" in row else row
+    row = _from_bfcl(row, where) if isinstance(row.get("function"), list) else row
     used = {*ID_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, "task", "tools", "prompt"}
     meta = {k: v for k, v in row.items() if k not in used and isinstance(v, (str, int, float)) and len(str(v)) <= 200}
     for name in ("extra_info", "reward_model"):
@@ -124,7 +124,7 @@ def _from_bfcl(row: dict, where: str) -> dict:
     turns, functions = row.get("question"), row["function"]
     if not isinstance(turns, list) or len(turns) != 1:
         raise DataError(f"{where}: field 'question' is not a list of one turn; rows of several turns cannot be read")
-    if not isinstance(functions, list) or not all(isinstance(f, dict) and "name" in f for f in functions):
+    if not all(isinstance(f, dict) and "name" in f for f in functions):
         raise DataError(f"{where}: field 'function' is not a list of functions with names")
     gold = [] if "irrelevance" in str(row.get("id")) else row.get("ground_truth")
     tools = [{"type": "function", "function": _json_schema(f)} for f in functions]

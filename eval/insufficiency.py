@@ -4,8 +4,8 @@
 
 Every wrong trajectory is cut just before its answer, given a hint that asks for another tool call, and sampled on;
 while it stays wrong it gets another hint, up to `--hints`. Fixed by one call or more means that calls were
-insufficient; fixed without a call, that the reasoning was. Writes hinted.jsonl (one line per wrong trajectory, in order, with `hints`
-and `extra_calls` in its meta; a killed run goes on behind the last line) and result.json.
+insufficient; fixed without a call, that the reasoning was. Writes hinted.jsonl (one line per wrong trajectory, in
+order, with `hints` and `extra_calls` in its meta; a killed run goes on behind the last line) and result.json.
 """
 
 import random

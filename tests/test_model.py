@@ -199,6 +199,7 @@ def test_a_curriculum_is_loaded_by_its_last_adapter(tmp_path):
     assert m.adapter_of(str(tmp_path)) == str(tmp_path)
     (tmp_path / "result.json").write_text('{"adapter": "x/round-3/rl"}')
     assert m.adapter_of(str(tmp_path)) == "x/round-3/rl"
+    assert m.ModelArgs(model_name_or_path=str(tmp_path)).model_name_or_path == "x/round-3/rl"  # for loaders and plans
     with pytest.raises(DataError, match="--model_name_or_path x/round-3/rl: no such folder"):
         m.load_policy(m.ModelArgs(model_name_or_path=str(tmp_path)))
 

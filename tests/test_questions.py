@@ -64,6 +64,8 @@ def test_bfcl_rows(tmp_path):
     assert schema["properties"]["type"] == {"type": "string"}  # a parameter of that name stays one
     assert calls_match([ToolCall("area", {"a": 3})], simple.gold, simple.tools)
     assert not calls_match([ToolCall("area", {"a": "3"})], simple.gold, simple.tools)
+    (named,) = load_questions(write(tmp_path / "n.jsonl", [{"id": "a", "question": "q", "answer": "2", "function": "f"}]))
+    assert named.task == "math"  # a field of that name is no BFCL row
     assert irrelevant.gold == [] and calls_match([], irrelevant.gold, irrelevant.tools)
     for broken, message in (({"question": [ask, ask]}, "several turns"), ({"ground_truth": None}, "field 'answer'")):
         with pytest.raises(DataError, match=rf"q\.jsonl:1: .*{message}"):

@@ -628,6 +628,29 @@ def test_bad_data_is_named_before_any_training(flags, lines, message, monkeypatc
     assert not (Path(flags["output_dir"]) / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"messages": "hi"}, "field 'messages' is 'hi', not a list of objects"),
+        ({"messages": [{"content": "q"}]}, "field 'messages' part 0 has no text 'role'"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}, {"role": "user"}]},
+            "field 'messages' part 1 has no text 'content'",
+        ),
+    ],
+)
+def test_chats_of_a_wrong_shape_are_named(row, message):
+    with pytest.raises(common.DataError, match=f"here: {message}"):
+        train_sft.from_messages(row, None, "here")
+
+
+@pytest.mark.parametrize("response", ["x", ["x"], [{"role": "model"}]])
+def test_demonstrations_of_a_wrong_shape_are_named(response):
+    row = {"id": "a", "question": "q", "answer": "1", "response": response}
+    with pytest.raises(common.DataError, match="here: field 'response' (is 'x', not a list|part 0 has no text)"):
+        train_sft.from_demonstration(row, build_tokenizer(), "here")
+
+
 def test_a_folder_with_other_files_is_not_taken(flags, monkeypatch, capsys):
     Path(flags["output_dir"]).mkdir()
     (Path(flags["output_dir"]) / "thesis.txt").write_text("precious")
