@@ -17,7 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +31,9 @@ from trajectory import DataError
 A = TypeVar("A")
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "math-verify", "bm25s")
 STARTED = ("config.json", "env.json")  # what a run folder holds before anything is computed
-# may differ when a run goes on
-NOT_CONFIG = {"overwrite", "report_to", "resume_from_checkpoint", "dry_run", "dry_run_gb", "base_url", "workers"}
+# may differ when a run goes on, which may also have moved
+NOT_CONFIG = {"output", "output_dir", "overwrite", "report_to", "resume_from_checkpoint"}
+NOT_CONFIG |= {"dry_run", "dry_run_gb", "base_url", "workers"}
 
 
 def arg(default: Any, help: str) -> Any:
@@ -183,13 +184,8 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
         write_text(directory / "env.json", json.dumps(environment(args.threads, data_files), indent=1) + "\n")
         write_text(config_file, json.dumps(config, indent=1) + "\n")
     elif config_file.exists():
-        old = json.loads(config_file.read_text())
-        for name in sorted(set(old) | set(config)):
-            if name not in NOT_CONFIG and old.get(name) != config.get(name):
-                raise DataError(
-                    f"--output_dir {directory} holds a run with --{name} {old.get(name)}, not {config.get(name)}; "
-                    "choose another folder or pass --overwrite"
-                )
+        if other := other_setting(json.loads(config_file.read_text()), args):
+            raise DataError(f"--output_dir {directory} holds a run with {other}; choose another folder or --overwrite")
         known = json.loads((directory / "env.json").read_text()).get("data_sha256", {})
         for path, digest in data_digests(data_files).items():
             if known.get(path, digest) != digest:
@@ -201,6 +197,17 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
     if distributed.rank() == 0:
         distributed.wait()
     return Run(directory, finished, tracker(getattr(args, "report_to", "none"), directory, config))
+
+
+def other_setting(stored: dict, args: Any) -> str:
+    """The first flag that a run was started with another value of, as "--flag OLD, not NEW"; "" if it may go on.
+
+    A flag that is newer than the run had its default.
+    """
+    old = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(args)} | stored
+    new = asdict(args)
+    differing = (name for name in sorted(old) if name not in NOT_CONFIG and old[name] != new.get(name))
+    return next((f"--{name} {old[name]}, not {new.get(name)}" for name in differing), "")
 
 
 def environment(threads: int, data_files: tuple[str, ...] = ()) -> dict:

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from branching import OPENING, Tree, entropy_share, grow, note_segment, plant
-from common import arg, cli, require_positive, write_text
+from common import arg, cli, other_setting, require_positive, write_text
 from conversation import (
     Draft,
     RolloutArgs,
@@ -360,14 +360,15 @@ def main(args: Args) -> list[Trajectory]:
     """Roll out a question file into a trajectory file, group by group; a killed run goes on where it stopped."""
     torch.set_num_threads(args.threads)
     output, config = Path(args.output), Path(args.output + ".config.json")
-    settings = {k: v for k, v in asdict(args).items() if k not in ("overwrite", "base_url")}  # a server may move
     done: list[Trajectory] = []
     if output.is_dir():
         raise DataError(f"--output {output} is a folder; name the file to write")
     check_index(args)
     if output.exists() and not args.overwrite:
-        if not config.exists() or json.loads(config.read_text()) != settings:
-            raise DataError(f"--output {output} exists and was written with other settings; use another or --overwrite")
+        if not config.exists():
+            raise DataError(f"--output {output} exists without a {config.name}; choose another file or --overwrite")
+        if other := other_setting(json.loads(config.read_text()), args):
+            raise DataError(f"--output {output} was written with {other}; choose another file or --overwrite")
         drop_torn_line(output)
         done = load_trajectories(output)
     questions = load_questions(args.data, args.task, args.limit, args.split)
@@ -382,7 +383,7 @@ def main(args: Args) -> list[Trajectory]:
     model, tokenizer = load_sampler(args)
     check_prompts(questions, tokenizer, args)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(config, json.dumps(settings, indent=1) + "\n")
+    write_text(config, json.dumps(asdict(args), indent=1) + "\n")
     waves = 1 if args.engine == "hf" else 4  # more drafts than slots at a time, so that free slots are refilled
     per_batch = max(waves * args.rollout_batch_size // args.num_generations, 1)
     save_trajectories(output, done)

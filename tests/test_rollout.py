@@ -292,8 +292,19 @@ def test_command_line_continues_a_killed_run(tmp_path, tiny_model):
     r.main(r.Args(**flags))
     assert out.read_text() == whole
     assert len(load_trajectories(out)) == 10
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="t.jsonl was written with --seed 0, not 1; choose another file or --overwrite"):
         r.main(r.Args(**flags | {"seed": 1}))
+    config, moved = tmp_path / "t.jsonl.config.json", tmp_path / "moved.jsonl"
+    settings = json.loads(config.read_text())
+    config.unlink()
+    with pytest.raises(DataError, match="t.jsonl exists without a t.jsonl.config.json"):
+        r.main(r.Args(**flags))
+    assert settings.pop("branching") == "none"  # a file of a version before that flag goes on, also elsewhere
+    config.write_text(json.dumps(settings))
+    moved.write_text("".join(lines[:4]))
+    moved.with_name("moved.jsonl.config.json").write_text(config.read_text())
+    r.main(r.Args(**flags | {"output": str(moved)}))
+    assert moved.read_text() == whole
     data.write_text(data.read_text().replace('"2?"', '"3?"'))
     with pytest.raises(DataError, match="question 'q2' is another one than in --output"):
         r.main(r.Args(**flags))
