@@ -55,7 +55,7 @@ class Args(train_rl.Args):
 def main(args: Args) -> dict:
     """Run what is missing of every round; returns (and writes to result.json) what each has done."""
     if args.dry_run:  # the RL of a round needs more memory than its sampling
-        print(f"{args.rounds} rounds; samples of each to select by: --select_generations {args.select_generations}")
+        print(f"{args.rounds} rounds, each samples {args.select_generations} answers per question, then trains:")
         return train_rl.dry_run(args)
     run = start_run(args, (args.data,))
     if run.finished:
@@ -96,7 +96,7 @@ def select_questions(folder: Path, policy: str, r: int, args: Args) -> dict[str,
         )
         settings = shared(selection.Args, args) | dict(trajectories=str(sampled), output=str(chosen), overwrite=False)
         selection.main(selection.Args(**settings | {"seed": seed_of_round(r, args)}))
-    return json.loads(Path(f"{chosen}.stats.json").read_text())
+    return json.loads(Path(f"{chosen}.statistics.json").read_text())
 
 
 def round_settings(folder: Path, policy: str, r: int, args: Args) -> train_rl.Args:

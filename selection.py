@@ -181,7 +181,7 @@ def main(args: Args) -> list[Question]:
     numbers = {name: statistics(members) for name, members in sets.items()}
     print(table(["questions", *STATISTICS], [[name, *row.values()] for name, row in numbers.items()]))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(args.output + ".stats.json"), json.dumps(numbers, indent=1) + "\n")
+    write_text(Path(args.output + ".statistics.json"), json.dumps(numbers, indent=1) + "\n")
     write_jsonl(args.output, (row_of(questions[g.question_id]) for g in chosen))
     return [questions[g.question_id] for g in chosen]
 

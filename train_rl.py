@@ -320,6 +320,8 @@ def train(args: Args) -> dict:
     if distributed.rank() == 0:
         save_adapter(model, tokenizer, run.dir)
         run.finish(result)
+        shown = ", ".join(f"{name} {result[key]:{digits}}" for name, key, digits in SHOWN)
+        print(f"{args.output_dir}: {args.max_steps} steps, the last with {shown}; the adapter is there")
     return result
 
 

@@ -411,6 +411,7 @@ def test_training_moves_the_policy_and_finished_runs_stay(flags, capsys):
     result = run_rl(flags, learning_rate=0.02, max_steps=20)
     rewards_seen = [row["reward"] for row in logged(flags["output_dir"])]
     assert sum(rewards_seen[-5:]) > sum(rewards_seen[:5]) + 1.0  # 0.2 per step
+    assert f"20 steps, the last with reward {result['reward']:.3f}" in capsys.readouterr().out
     assert run_rl(flags, learning_rate=0.02, max_steps=20) == result
     assert "finished before" in capsys.readouterr().out
     with pytest.raises(common.DataError, match="holds a run with --learning_rate 0.02, not 0.01"):
@@ -527,7 +528,7 @@ def test_sft_examples_are_masked_like_rollouts(sft_flags):
     assert trained == "hello<|im_end|>hello<|im_end|>"
 
 
-def test_sft_loss_is_the_token_mean_of_the_step_and_falls(sft_flags):
+def test_sft_loss_is_the_token_mean_of_the_step_and_falls(sft_flags, capsys):
     args = train_sft.Args(**sft_flags | {"gradient_accumulation_steps": 4})
     result = train_sft.main(args)
     model, tokenizer = load_policy(args)  # a fresh adapter is the base
@@ -535,6 +536,7 @@ def test_sft_loss_is_the_token_mean_of_the_step_and_falls(sft_flags):
     logp = [token_stats(model, collate([t], 0, torch.device("cpu")))[0].sum().item() for t in rows]
     assert result["first_loss"] == pytest.approx(-sum(logp) / sum(t.completion_tokens for t in rows), rel=1e-4)
     assert result["loss"] < result["first_loss"] - 0.5
+    assert f"loss {result['first_loss']:.3f} → {result['loss']:.3f}; the adapter is there" in capsys.readouterr().out
 
 
 def test_sft_resume_is_bitwise(sft_flags, tmp_path):
