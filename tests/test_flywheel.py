@@ -278,6 +278,8 @@ def test_rule_critic_drops_repeated_sentences():
     first = "<think>It is ann. I check. It is ann.</think>\n<search>x</search>"
     t = sampled([first, "<think>It is ann. Done.</think><answer>ann</answer>"])
     assert rule("rewrite_thoughts", t) == ["It is ann. I check.", "Done."]
+    again = sampled([first, "<think>I check.</think><answer>ann</answer>"])
+    assert rule("rewrite_thoughts", again)[1] == "I check."  # said before, but a thought is not emptied
     assert rule("rewrite_thoughts", sampled([LAST])) == "none"
 
 

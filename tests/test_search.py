@@ -62,8 +62,10 @@ def post(server, path, body, method="POST"):
 # ---- as a tool of a rollout
 
 
-@pytest.mark.parametrize("protocol", ["flashrag", "search_r1"])
-def test_a_rollout_searches_at_a_server(server, index, tmp_path, protocol):
+@pytest.mark.parametrize("protocol, page", [("flashrag", "/batch_search"), ("search_r1", "/retrieve")])
+def test_a_rollout_searches_at_a_server(server, index, tmp_path, protocol, page, monkeypatch):
+    only = {name: answer for name, answer in tools.serve_search.PAGES.items() if name == page}
+    monkeypatch.setattr(tools.serve_search, "PAGES", only)
     index.save(tmp_path / "index")
     url = f"http://127.0.0.1:{server.server_address[1]}"
     with open_tools(RolloutArgs(index=str(tmp_path / "index"), search_top_k=2)) as here:
