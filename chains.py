@@ -36,6 +36,14 @@ STAGES = ("base", "outcome_rl", "et_agent", "sft", "rft", *(f"rl_round_{r}" for 
           "entropy_sparse", "entropy_dense")  # fmt: skip
 
 
+SUM_NOTES = (
+    "think, no_think: the base in a forced mode; oracle: the base, told to think on the hard sums only",
+    "autotool_warmup: SFT on labelled answers (majority); autotool: then RL on the refined half of the sums, with the "
+    "asymmetric reward and the decoupled constraint; unrefined: on all of them; unconstrained: without the constraint",
+    "no_warmup: from the base on the same refined sums (refined by probes of the warmed-up model), no constraint",
+)
+
+
 class Job(NamedTuple):
     """One seed of the reproduction: where its parts are, and what they share."""
 
@@ -104,9 +112,14 @@ def single_run(stage: str, **flags: Any) -> Callable[[Job], dict]:
     return partial(_single_run, stage=stage, flags=flags)
 
 
+def et_reward(job: Job) -> dict:
+    """GRPO with ET-Agent's reward; outcome_rl is the same with both σ = 0: right and well formed, whatever it took."""
+    sigmas = {name: getattr(job.args, name) for name in ("sigma_tool", "sigma_length")}
+    return _single_run(job, "et_agent", {"reward": "et_agent", **sigmas})
+
+
 def _single_run(job: Job, stage: str, flags: dict) -> dict:
-    own = {k: getattr(job.args, k) for k in ("sigma_tool", "sigma_length")}
-    model = job.rl(stage, job.base, job.questions("train"), **own | flags)
+    model = job.rl(stage, job.base, job.questions("train"), **flags)
     return {"stages": {stage: job.measured(stage, model)}}
 
 
@@ -136,13 +149,11 @@ def round_folder(job: Job, r: int) -> str:
 def autotool(job: Job) -> dict:
     """AutoTool on running sums [2603.13348; PAPERS B]: {"sums": {stage: {"all", "easy", "hard"}}}.
 
-    think, no_think: the base in a forced mode; oracle: told to think on the hard ones only. autotool: warm-up, refined
-    data, asymmetric reward and the decoupled constraint; unrefined: on all training sums; unconstrained: without the
-    constraint; no_warmup: from the base, without it either.
+    Stages: SUM_NOTES. Hard sums are those that the base, answering at once, gets wrong in most of PROBES samples.
     """
     base, train, held_out = job.base, job.questions("sums"), job.questions("sums-eval")
-    probe = job.sample("sums-probe", base, held_out, mode="no_think", num_generations=PROBES)
-    hard = hard_ids(probe)
+    own = dict(mode="no_think", num_generations=PROBES, seed=job.seed)  # other samples than those that are measured
+    hard = hard_ids(job.sample("sums-probe", base, held_out, **own))
     folder = job.folder / "warmup"
     own = dict(model_name_or_path=base, data=train, output=str(folder), num_generations=8, label_rule="majority")
     warmup.main(warmup.Args(**job.shared | own, seed=job.seed))
@@ -191,16 +202,19 @@ def refined_questions(job: Job, warm: str, train: str) -> str:
 CHAINS: dict[str, Callable[[Job], dict]] = {  # long ones first
     "et_agent_whole": et_agent_whole,
     "autotool": autotool,
-    "outcome_rl": single_run("outcome_rl", reward="correct"),
-    "et_agent": single_run("et_agent", reward="et_agent"),
-    "entropy_sparse": single_run("entropy_sparse", reward="entropy_sparse"),
+    "outcome_rl": single_run("outcome_rl", reward="et_agent", sigma_tool=0.0, sigma_length=0.0),
+    "et_agent": et_reward,
+    "entropy_sparse": single_run("entropy_sparse", reward="entropy_sparse", beta=1e-3),
     "entropy_dense": single_run("entropy_dense", reward="entropy_dense", advantage="entropy_dense", beta=1e-3),
     "base": base_only,
 }
 
 
 def analyses(job: Job) -> dict:
-    """For one seed: what calls do to entropy, what hints repair, where the stages act [PAPERS A6, C1]."""
+    """For one seed: what calls do to entropy, what hints repair, where the stages act [PAPERS A6, C1].
+
+    What hints repair is an upper bound: a second sample without a hint would repair some of it too.
+    """
     folder, last = job.folder.parent / "analyses", f"rl_round_{ROUNDS}"
     sampled = {stage: str(job.folder / f"{stage}.jsonl") for stage in STAGES}
     behaviour.main([sampled["base"], "--entropy", "--model_name_or_path", job.base, "--output", str(folder)])
@@ -213,6 +227,7 @@ def analyses(job: Job) -> dict:
         sets[stage] = insufficiency.main(insufficiency.Args(**job.shared | own, seed=job.seed))["sets"]["all"]
     columns = ("wrong", "fixed", "insufficient", "mean_extra_calls")
     rows = [[stage, *(row[c] for c in columns)] for stage, row in sets.items()]
-    text = "Wrong trajectories, and what up to three hints repair: shares of the wrong ones, calls beyond theirs.\n\n"
+    text = "Wrong trajectories, and what up to three hints repair (another sample without a hint would repair some too): "
+    text += "shares of the wrong ones, calls beyond theirs.\n\n"
     write_text(folder / "insufficiency.md", text + table(["", *columns], rows) + "\n")
     return {}

@@ -5,7 +5,7 @@ its variants; two figures.
 """
 
 from collections.abc import Iterable
-from math import isnan
+from math import ceil, isnan
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -21,7 +21,7 @@ Rows = dict[tuple[str, int], dict]  # (variant, seed) -> its row of rows.jsonl
 TOOL_METRICS = ("correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking")
 MODE_METRICS = ("correctness", "correctness|easy", "correctness|hard", "thinking|easy", "thinking|hard", "tokens")
 COLLAPSED = 0.1  # thinking on hard items below which a policy has collapsed
-WORDS = ("holds", "fails", "undecided", "not run")
+WORDS = ("holds", "fails", "undecided", "unfinished", "not run")
 ENDS = ("sums_35", "sums_85")  # worlds of the figure on modes
 DRAWN = ("none_none", "none_decoupled", "majority_none", "majority_decoupled", "correct", "length")  # its variants
 
@@ -35,16 +35,23 @@ def write_report(
     variants = variants_of(claims.values())
     commits = sorted({row["commit"] for row in rows.values()})
     counts = {name: [sum(v.startswith(word) for v in verdicts[name]) for word in WORDS] for name in claims}
-    decided = sum(sum(row[:3]) for row in counts.values())
+    complete = sum(sum(row[:3]) for row in counts.values())
     overview = [[name, claim.says, *(n or "" for n in counts[name])] for name, claim in claims.items()]
     parts = [
         "# Claims", "",
         f"- {len(rows)} of {len(variants) * seeds} cells; commits {', '.join(commits) or 'none'}",
         f"- {seeds} paired seeds, {questions} held-out questions, the same for all cells of a world",
-        "- difference: first variant minus second, mean [95 % interval over seeds and questions]; the rule of the "
-        "verdict is in eval/intervals.py, the thresholds are in claim_list.py",
-        f"- every interval stands for itself: of the {decided} pairs here, a twentieth would show a difference by "
-        "chance if there were none",
+        "- difference: first variant minus second, mean [95 % interval over seeds and questions]; thresholds are in "
+        "claim_list.py, each written before the rows of its pairs",
+        "- holds: the interval excludes 0, its mean reaches the threshold, and correctness is certainly not lower by the "
+        "margin; fails: the interval lies the other way (opposite), does not reach the threshold (smaller), or "
+        "correctness is certainly lower by more than the margin (correctness); else undecided; unfinished: seeds missing",
+        "- seeds for margin: as many would shrink the interval of correctness, at the spread seen, to ± the margin; where "
+        "more than were run, a claim of equal correctness can only fail or stay undecided",
+        f"- every interval stands for itself: of the {complete} pairs with all seeds, which share variants, a twentieth "
+        "would exclude 0 by chance if there were no difference anywhere",
+        "- a fifth to a quarter of the held-out questions with tools also occur in training, word for word (the world has "
+        "few sums and facts), of the running sums none",
         "", "Number of pairs by verdict:", "", table(["claim", "says", *WORDS], overview), "",
         "![Calls and correctness](calls.png)", "", "![Thinking over the steps of training](modes.png)", "",
     ]  # fmt: skip
@@ -54,8 +61,10 @@ def write_report(
         rule = f"`{claim.metric}` {'higher' if claim.sign > 0 else 'lower'} by at least {claim.at_least:g}"
         rule += "" if claim.margin is None else f", correctness lower by less than {claim.margin:g}"
         parts += [f"## {name}", "", f"{claim.says} ({claim.where}). Holds if: {rule}.", ""]
-        head = ["first", "second", "seeds", in_words(claim.metric), "correctness", "verdict"]
-        parts += [table(head, found[name]), ""]
+        head = ["first", "second", "seeds", in_words(claim.metric), "correctness", "seeds for margin", "verdict"]
+        left_out = ({4} if claim.metric == "correctness" else set()) | ({5} if claim.margin is None else set())
+        shown = [i for i in range(len(head)) if i not in left_out]
+        parts += [table([head[i] for i in shown], [[line[i] for i in shown] for line in found[name]]), ""]
         parts += [variants_table(claim, rows), ""]
         if name.startswith("en_"):
             parts += ["By what a call was worth: share with ΔH below −margin, mean ΔH, mean H before it (nats), of the "
@@ -87,20 +96,31 @@ def in_words(metric: str) -> str:
 def decide(claim: Claim, pair: tuple[str, str], rows: Rows, seeds: int) -> list:
     """One line of a claim's table: differences over the seeds that both variants have, and the verdict.
 
-    Fewer seeds than asked for leave it undecided. DataError if the two were not asked the same questions.
+    Fewer seeds than asked for leave it unfinished. DataError if the two were not asked the same questions.
     """
     shared = [s for s in range(seeds) if all((variant, s) in rows for variant in pair)]
     if not shared:
-        return [*pair, 0, "", "", "not run"]
+        return [*pair, 0, "", "", "", "not run"]
     first, second = ([rows[variant, s] for s in shared] for variant in pair)
     if len({row["asked"] for row in first + second}) > 1:
         raise DataError(f"{pair[0]} and {pair[1]} were evaluated on different questions")
     effect = difference(first, second, claim.metric)
     correctness = difference(first, second, "correctness")
     signed = effect if claim.sign > 0 else Interval(-effect.mean, -effect.high, -effect.low)
-    found = verdict(signed, claim.at_least, None if claim.margin is None else correctness, claim.margin or 0.0)
-    word = found if len(shared) == seeds else f"undecided ({len(shared)} of {seeds} seeds)"
-    return [*pair, len(shared), _shown(effect), _shown(correctness), word]
+    word = verdict(signed, claim.at_least, None if claim.margin is None else correctness, claim.margin or 0.0)
+    if len(shared) < seeds:
+        word = f"unfinished ({len(shared)} of {seeds} seeds)"
+    elif word == "fails":
+        word += " (opposite)" if signed.high <= 0 else " (smaller)" if signed.high < claim.at_least else " (correctness)"
+    return [*pair, len(shared), _shown(effect), _shown(correctness), seeds_for_margin(correctness, claim, shared), word]
+
+
+def seeds_for_margin(correctness: Interval, claim: Claim, seeds: list[int]) -> int | str:
+    """Seeds at which an interval of this spread is ± the claim's margin: its width falls with the root of their number."""
+    if claim.margin is None or isnan(correctness.low):
+        return ""
+    half = (correctness.high - correctness.low) / 2
+    return ceil(len(seeds) * (half / claim.margin) ** 2)
 
 
 def difference(first: list[dict], second: list[dict], metric: str) -> Interval:

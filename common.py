@@ -300,8 +300,9 @@ def shuffled(n: int, *seed_parts: Any) -> list[int]:
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    """A markdown table; floats with three digits, columns padded so that it also reads well in a terminal."""
-    text = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
+    """A markdown table; floats with three digits, None as –, columns padded so that it also reads well in a terminal."""
+    shown = {float: "{:.3f}".format, type(None): lambda _: "–"}
+    text = [[shown.get(type(cell), str)(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in text) for i in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in text]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

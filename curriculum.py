@@ -101,7 +101,7 @@ def select_questions(folder: Path, policy: str, r: int, args: Args) -> dict[str,
 
 def round_settings(folder: Path, policy: str, r: int, args: Args) -> train_rl.Args:
     """The RL run of a round: `round` halves both σ from round to round (0.1, 0.05, 0.025: our reading)."""
-    share = 0.5 ** (r - 1) if args.sigma_schedule == "round" else 1.0
+    share = 0.5 ** (r - 1) if args.sigma_schedule == "round" and args.reward == "et_agent" else 1.0
     own = dict(model_name_or_path=policy, data=str(folder / "questions.jsonl"), task="auto", limit=0)
     own |= dict(output_dir=str(folder / "rl"), seed=seed_of_round(r, args), overwrite=False)
     own |= dict(sigma_tool=args.sigma_tool * share, sigma_length=args.sigma_length * share)

@@ -1,4 +1,7 @@
-"""What the reproduction (chains.py) and the claims (claim_cells.py) share, so that their numbers can be compared."""
+"""What the reproduction (chains.py) and the claims (claim_cells.py) share: how they sample and what counts as hard.
+
+Their runs differ in length and in what stands before RL; only rows of one of the two can be compared.
+"""
 
 from statistics import fmean
 

@@ -30,11 +30,13 @@ from typing import Literal
 from tqdm import tqdm
 
 import claims
-from chains import CHAINS, QUESTIONS, STAGES, Job, analyses
+from chains import CHAINS, QUESTIONS, STAGES, SUM_NOTES, Job, analyses
 from common import RunArgs, arg, cli, require_positive, start_run, write_text
 from data import world
+from data.questions import load_questions
 from eval.evaluate import COLUMNS, metrics_table
 from eval.report import sums_table, write_report
+from experiment import PROBES
 from trajectory import DataError
 
 BASES = {"tiny": "data/tiny", "small": "data/small"}
@@ -103,9 +105,16 @@ def main(args: Args) -> dict:
         f"ET-Agent reward with sigma_tool {args.sigma_tool}, sigma_length {args.sigma_length}, halved from round to "
         "round in the curriculum: one more call pays if it multiplies the probability of a right answer by more than "
         f"e^(sigma_tool/2) = {math.exp(args.sigma_tool / 2):.2f}; entropy rewards as published (margin 0)",
-        "single runs of a seed share base, questions and their order",
+        "outcome_rl, et_agent, entropy_sparse, entropy_dense: single runs from the base, which share questions and their "
+        "order; outcome_rl: the ET-Agent reward with both sigma 0; sft → rft → rl_round_1 …: ET-Agent whole, et_agent its "
+        "reward alone",
         "redundant, insufficient, conciseness: shares of trajectories; failed, redundant_calls: shares of calls; "
         "calls, tokens: means per trajectory; definitions in eval/behaviour.py",
+        f"one standard error of a share near 0.9 is {math.sqrt(0.09 / args.eval_questions):.3f}, near 0.5 "
+        f"{math.sqrt(0.25 / args.eval_questions):.3f}; {seen_share(jobs[0]):.0%} of the held-out questions of the six "
+        "families also occur in training, word for word: the world has few sums and few facts",
+        f"sums are hard if the base, without thinking, is right in fewer than half of {PROBES} samples, else easy",
+        *SUM_NOTES,
     ]
     runs = {stage: [out / f"seed-{seed}" / stage for seed in seeds] for stage in CURVES}
     report = write_report(out, metrics, runs, notes)
@@ -137,6 +146,12 @@ def run_chains(jobs: list[Job], workers: int) -> list[dict]:
         parts = [results[job.seed, name] for name in CHAINS]
         merged.append({kind: {k: v for part in parts for k, v in part.get(kind, {}).items()} for kind in KINDS})
     return merged
+
+
+def seen_share(job: Job) -> float:
+    """Share of the held-out questions of the six families that stand in the training questions too."""
+    seen = {q.question for q in load_questions(job.questions("train"))}
+    return fmean(q.question in seen for q in load_questions(job.questions("eval")))
 
 
 def end_with_parent() -> None:

@@ -67,6 +67,17 @@ from rollout import rollout
 from trajectory import DataError, Trajectory, groups_of
 from update import micro_batches, reward_spread, update
 
+ENTROPY_REWARDS = ("entropy_sparse", "entropy_dense")
+METHOD_FLAGS = (  # flag, the flag that decides whether it has an effect, with which of its values
+    *((flag, "reward", ("et_agent",)) for flag in ("sigma_tool", "sigma_length", "sigma_schedule", "behaviour_gain")),
+    *((flag, "reward", ENTROPY_REWARDS) for flag in ("segment", "delta_margin", "delta_form", "indicator")),
+    ("dense_alpha", "reward", ("entropy_dense",)),
+    ("call_penalty", "reward", ("calls_penalty",)),
+    ("length_penalty", "reward", ("length_penalty",)),
+    ("entropy_coef", "entropy_regulariser", ("constant",)),
+    ("beta_short", "entropy_regulariser", ("decoupled",)),
+    *((flag, "entropy_regulariser", ("adaptive", "decoupled")) for flag in ("beta_long", "beta_lr")),
+)
 SHOWN = (  # beside the progress bar
     ("reward", "reward", ".3f"), ("calls", "tools/call_frequency", ".2f"), ("tokens", "completions/mean_length", ".0f"),
     ("entropy", "entropy", ".2f"),
@@ -124,7 +135,7 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     warmup_ratio: float = arg(0.0, "share of the steps with rising learning rate")
     optimizer: OptimizerName = arg("adamw", "adamw_8bit: states in 8 bits (bitsandbytes)")
     weight_decay: float = arg(0.0, "AdamW weight decay")
-    max_grad_norm: float = arg(1.0, "gradient clipping")
+    max_grad_norm: float = arg(1.0, "gradient clipping, 0 = none")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass")
     rollout_dtype: Literal["policy", "float32", "bfloat16", "float16"] = arg(
         "policy", "sample from a merged copy of the policy in this precision (memory for a second model)"
@@ -134,7 +145,9 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     save_steps: int = arg(20, "steps between checkpoints")
     save_total_limit: int = arg(2, "checkpoints kept, 0 = all")
     sample_steps: int = arg(10, "steps between sample dumps")
-    resume_from_checkpoint: str = arg("", "checkpoint folder of another run to start from")
+    resume_from_checkpoint: str = arg(
+        "", "go on from another run's checkpoint: its step, optimizer and schedule (a fresh start: --model_name_or_path)"
+    )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "tracker beside metrics.jsonl")
 
     def __post_init__(self):
@@ -187,6 +200,10 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
 
     def check_method(self):
         """Flags of reward and entropy term that go together; sets the targets' defaults."""
+        for flag, by, uses in METHOD_FLAGS:
+            value, decides = getattr(self, flag), getattr(self, by)
+            if decides not in uses and value != type(self).__dataclass_fields__[flag].default:
+                raise ValueError(f"--{flag} {value} has no effect with --{by} {decides}, only with {' or '.join(uses)}")
         dense = self.advantage == "entropy_dense"
         if dense != (self.reward == "entropy_dense"):
             raise ValueError(f"--reward {self.reward} does not go with --advantage {self.advantage}")
@@ -199,8 +216,8 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
                 "--skip_zero_variance leaves out trajectories whose only signal is KL or entropy: not with "
                 f"--beta {self.beta} and --entropy_regulariser {self.entropy_regulariser}"
             )
-        if self.entropy_coef and self.entropy_regulariser != "constant":
-            raise ValueError(f"--entropy_coef {self.entropy_coef} needs --entropy_regulariser constant")
+        if self.entropy_regulariser == "constant" and not self.entropy_coef:
+            raise ValueError("--entropy_regulariser constant needs an --entropy_coef above 0")
         if not (0 <= self.beta_long <= 1 and self.beta_short >= 0 and self.beta_lr >= 0):
             raise ValueError(
                 f"--beta_long {self.beta_long} must be in [0, 1], --beta_short {self.beta_short} and --beta_lr "
@@ -238,10 +255,11 @@ def train(args: Args) -> dict:
     optimizer = adamw(model, args.optimizer, args.learning_rate, args.weight_decay)
     updates = args.max_steps * args.num_iterations * args.updates_per_batch
     scheduler = schedule(optimizer, args.lr_scheduler_type, args.warmup_ratio, updates)
-    first, state = resume(run.dir, args.resume_from_checkpoint, model, optimizer, scheduler)
+    resumed = run.dir, args.resume_from_checkpoint, model, optimizer, scheduler, args.max_steps
+    first, state = resume(*resumed, own="entropy_state")
     run.forget_after(first)
     metrics = state.get("metrics", {})
-    constraint = EntropyState(**state["entropy_state"]) if "entropy_state" in state else first_entropy_state(args)
+    constraint = EntropyState(**state["entropy_state"]) if state else first_entropy_state(args)
     sampler = model if args.rollout_dtype == "policy" else merged_copy(model, args.rollout_dtype)
     opening = mode_tokens(tokenizer) if args.mode == "auto" else 0
 

@@ -63,11 +63,13 @@ class Args(ModelArgs, PlanArgs, RunArgs):
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate")
     optimizer: OptimizerName = arg("adamw", "adamw_8bit: states in 8 bits (bitsandbytes)")
     weight_decay: float = arg(0.0, "AdamW weight decay")
-    max_grad_norm: float = arg(1.0, "gradient clipping")
+    max_grad_norm: float = arg(1.0, "gradient clipping, 0 = none")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass")
     save_steps: int = arg(100, "steps between checkpoints")
     save_total_limit: int = arg(2, "checkpoints kept, 0 = all")
-    resume_from_checkpoint: str = arg("", "checkpoint folder of another run to start from")
+    resume_from_checkpoint: str = arg(
+        "", "go on from another run's checkpoint: its step, optimizer and schedule (a fresh start: --model_name_or_path)"
+    )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "tracker beside metrics.jsonl")
 
     def __post_init__(self):
@@ -107,7 +109,7 @@ def train(args: Args) -> dict:
     optimizer = adamw(model, args.optimizer, args.learning_rate, args.weight_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
     scheduler = schedule(optimizer, args.lr_scheduler_type, args.warmup_ratio, steps)
-    first, state = resume(run.dir, args.resume_from_checkpoint, model, optimizer, scheduler)
+    first, state = resume(run.dir, args.resume_from_checkpoint, model, optimizer, scheduler, steps, own="losses")
     run.forget_after(first)
     losses = state.get("losses", [])
 
@@ -129,7 +131,7 @@ def train(args: Args) -> dict:
             loss += part.item()
         distributed.sum_gradients(trained)
         loss = distributed.sum_values({"loss": loss})["loss"]
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf).item()
         rate = scheduler.get_last_lr()[0]
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
@@ -218,7 +220,7 @@ def from_demonstration(row: dict, tokenizer: PreTrainedTokenizerBase, where: str
 
     row["response"]: [{"role": "model", "text": …}, {"role": "tool", "text": …}, …].
     """
-    question = question_of(row, where)
+    question = question_of(row, where, default_id=where)
     dialect = dialect_of(question, RolloutArgs())
     prompt = encode(tokenizer, render_prompt(question, tokenizer, dialect))
     draft = Draft(question, 0, dialect, 0, prompt, len(prompt), finish="eos", sampled=False)

@@ -92,7 +92,7 @@ def update(
     trained = [p for p in model.parameters() if p.requires_grad]
     distributed.sum_gradients(trained)
     totals = distributed.sum_values(totals)
-    norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf).item()
     finite = math.isfinite(totals["loss"]) and math.isfinite(norm)
     if finite:
         optimizer.step()

@@ -2,7 +2,8 @@
 
 Formats: this project's jsonl (`id`|`qid`, `question`, `answer`|`golden_answers`|`ground_truth`), TRL rows
 (`prompt` or `messages` with `answer`|`solution`), verl parquet (`prompt`, `reward_model.ground_truth`,
-`extra_info.index`), and Hugging Face dataset ids with rows of any of these kinds.
+`extra_info.index`), and Hugging Face dataset ids (owner/name or owner/name:configuration) with rows of any of these
+kinds. A row without an id gets its number in the file.
 """
 
 from collections.abc import Iterator
@@ -39,8 +40,8 @@ def load_questions(source: str, task: str = "auto", limit: int = 0, split: str =
     if task != "auto" and task not in get_args(Task):
         raise DataError(f"--task {task!r} is not one of {('auto', *get_args(Task))}")
     questions, where_seen = [], {}
-    for where, row in read_rows(source, split):
-        question = question_of(row, where, task)
+    for number, (where, row) in enumerate(read_rows(source, split)):
+        question = question_of(row, where, task, str(number))
         if question.id in where_seen:
             raise DataError(f"{where}: duplicate id {question.id!r}, first used at {where_seen[question.id]}")
         where_seen[question.id] = where
@@ -71,15 +72,19 @@ def read_rows(source: str, split: str = "train", config: str | None = None) -> I
     else:
         import datasets
 
+        name, _, named = source.partition(":")
         try:
-            rows = datasets.load_dataset(source, config, split=split)
+            rows = datasets.load_dataset(name, config or named or None, split=split)
         except Exception as e:  # hub, network and format errors share no base class
             raise DataError(f"dataset {source!r} (split {split}): {type(e).__name__}: {e}") from None
         yield from ((f"{source}[{split}]: row {i}", row) for i, row in enumerate(rows))
 
 
-def question_of(row: dict, where: str, task: str = "auto") -> Question:
-    """One row of any supported kind; `where` names it in the DataError of a missing, empty or unknown field."""
+def question_of(row: dict, where: str, task: str = "auto", default_id: str | None = None) -> Question:
+    """One row of any supported kind; `where` names it in the DataError of a missing, empty or unknown field.
+
+    An answer in GSM8K's form, a solution that ends in "#### 72", is the 72.
+    """
     row = _from_bfcl(row, where) if isinstance(row.get("function"), list) else row
     used = {*ID_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, "task", "tools", "prompt"}
     meta = {k: v for k, v in row.items() if k not in used and isinstance(v, (str, int, float)) and len(str(v)) <= 200}
@@ -92,6 +97,7 @@ def question_of(row: dict, where: str, task: str = "auto") -> Question:
         identity = extra.get("index")
         if identity is not None and row.get("data_source"):
             identity = f"{row['data_source']}-{extra.get('split', '')}-{identity}"
+    identity = default_id if identity is None else identity
     if identity is None:
         raise DataError(f"{where}: missing field 'id' (or {', '.join(ID_KEYS[1:])}, extra_info.index)")
     text, system = _first(row, QUESTION_KEYS), None
@@ -108,6 +114,8 @@ def question_of(row: dict, where: str, task: str = "auto") -> Question:
         raise DataError(f"{where}: missing or empty field 'answer' (id {identity!r})")
     if not isinstance(gold, (str, int, float, list)):
         raise DataError(f"{where}: field 'answer' is {str(gold)[:80]!r}, not a text or a list (id {identity!r})")
+    if isinstance(gold, str) and "\n#### " in gold:
+        gold = gold.rsplit("\n#### ", 1)[1].strip()
     if not isinstance(row.get("tools") or [], list):
         raise DataError(f"{where}: field 'tools' is {str(row['tools'])[:80]!r}, not a list (id {identity!r})")
     kind = task if task != "auto" else row.get("task") or _task_of(row, gold)

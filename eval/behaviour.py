@@ -190,20 +190,23 @@ def _words(text: str) -> set[str]:
 # ---- many trajectories -----------------------------------------------------------------------------------------------
 
 
-def rates(trajectories: list[Trajectory], correctness: list[float]) -> dict[str, float]:
+def rates(trajectories: list[Trajectory], correctness: list[float]) -> dict[str, float | None]:
     """Behaviour of a set of trajectories, correctness aligned with it.
 
     redundant, duplicate, unused, insufficient, void: shares of trajectories with at least one; failed, redundant_calls:
-    shares of calls (0 if there are none); an unclosed call is counted as failed here and as a call.
+    shares of calls (0 if there are none); an unclosed call is counted as failed here and as a call. insufficient is None
+    where nothing tells how many calls are needed: outside the world with one trajectory per question.
     """
     group = {}
     for t, c in zip(trajectories, correctness, strict=True):
         group.setdefault(t.question_id, []).append((t, c))
     calls = sum(len(t.tool_calls) for t in trajectories)
+    pairs = zip(trajectories, correctness)
+    known = [(t, c) for t, c in pairs if needed_calls(t) is not None or len(group[t.question_id]) > 1]
     return {
         "redundant": fmean(redundant_calls(t) > 0 for t in trajectories),
         "redundant_calls": sum(map(redundant_calls, trajectories)) / max(calls, 1),
-        "insufficient": fmean(insufficient(t, c, group[t.question_id]) for t, c in zip(trajectories, correctness)),
+        "insufficient": fmean(insufficient(t, c, group[t.question_id]) for t, c in known) if known else None,
         "failed": sum(t.failed_calls for t in trajectories) / max(calls, 1),
         "duplicate": fmean(bool(duplicate_calls(t)) for t in trajectories),
         "unused": fmean(bool(unused_calls(t)) for t in trajectories),

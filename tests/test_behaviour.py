@@ -185,6 +185,9 @@ def test_rates_and_histograms_by_hand():
     assert call_spread(group, [1.0, 1.0, 1.0, 0.0]) == {1: 1}
     assert call_spread(group, [1.0, 0.0, 0.0, 0.0]) == {}
     assert rates(group[3:], [0.0])["failed"] == 0.0
+    assert rates(group[3:], [0.0])["insufficient"] is None  # one sample, and no word on how many calls are needed
+    told = make("<answer>1900</answer>", qid="r", min_tool_calls=1)
+    assert rates([group[3], told], [0.0, 0.0])["insufficient"] == 1.0  # of those that it is known of
 
 
 def test_correctness_by_task():

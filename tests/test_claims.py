@@ -18,9 +18,10 @@ import pytest
 import claims
 from claim_cells import Job, column, compact, curves, locked, measure, plan_cell, row_file, run_cell
 from claim_list import CLAIMS, VARIANTS, WORLDS, Claim
-from claim_report import calls_table, decide, difference, variants_table, write_report
+from claim_report import calls_table, decide, difference, seeds_for_margin, variants_table, write_report
 from claims import cells_of, collect_rows, next_cell, run_missing
 from common import parse_args
+from eval.intervals import Interval
 from experiment import EVAL_SEED, hard_ids
 from trajectory import DataError, ToolCall, Trajectory, read_jsonl
 
@@ -113,18 +114,29 @@ def rows_of(*made):
 def test_decide_on_rows_with_a_known_difference():
     made = [row("rl_et", s, (1, 1, 1, 1)) for s in range(5)] + [row("rl_correct", s, (2, 2, 2, 2)) for s in range(5)]
     assert decide(CLAIM, CLAIM.pairs[0], rows_of(*made), 5) == [
-        "rl_et", "rl_correct", 5, "-1.000 [-1.000, -1.000]", "+0.000 [+0.000, +0.000]", "holds"]  # fmt: skip
-    assert decide(CLAIM._replace(sign=+1), CLAIM.pairs[0], rows_of(*made), 5)[-1] == "fails"
-    assert decide(CLAIM._replace(at_least=1.5), CLAIM.pairs[0], rows_of(*made), 5)[-1] == "fails"
+        "rl_et", "rl_correct", 5, "-1.000 [-1.000, -1.000]", "+0.000 [+0.000, +0.000]", 0, "holds"]  # fmt: skip
+    assert decide(CLAIM._replace(sign=+1), CLAIM.pairs[0], rows_of(*made), 5)[-1] == "fails (opposite)"
+    assert decide(CLAIM._replace(at_least=1.5), CLAIM.pairs[0], rows_of(*made), 5)[-1] == "fails (smaller)"
+    none_right = [row("rl_et", s, (1, 1, 1, 1), correct=(0, 0, 0, 0)) for s in range(5)] + [
+        row("rl_correct", s, (2, 2, 2, 2), correct=(1, 1, 1, 1)) for s in range(5)
+    ]
+    assert decide(CLAIM, CLAIM.pairs[0], rows_of(*none_right), 5)[-1] == "fails (correctness)"
     wrong = [row("rl_et", s, (1, 1, 1, 1), correct=(1, 0, 0, 0)) for s in range(5)] + made[5:]
     assert decide(CLAIM, CLAIM.pairs[0], rows_of(*wrong), 5)[-1] != "holds"
     assert decide(CLAIM._replace(margin=None), CLAIM.pairs[0], rows_of(*wrong), 5)[-1] == "holds"
 
 
-def test_missing_seeds_leave_a_claim_undecided():
+def test_seeds_that_the_margin_would_need():
+    spread = Interval(0.0, -0.02, 0.02)  # of 5 seeds; half of it needs 4 times as many
+    assert seeds_for_margin(spread, CLAIM, [0, 1, 2, 3, 4]) == 20
+    assert seeds_for_margin(spread, CLAIM._replace(margin=None), [0, 1]) == ""
+    assert seeds_for_margin(Interval(0.0, float("nan"), float("nan")), CLAIM, [0]) == ""
+
+
+def test_missing_seeds_leave_a_claim_unfinished():
     made = [row("rl_et", s, (1, 1, 1, 1)) for s in range(5)] + [row("rl_correct", s, (2, 2, 2, 2)) for s in (0, 2, 4)]
     assert decide(CLAIM, CLAIM.pairs[0], rows_of(*made), 5)[2:] == [
-        3, "-1.000 [-1.000, -1.000]", "+0.000 [+0.000, +0.000]", "undecided (3 of 5 seeds)"]  # fmt: skip
+        3, "-1.000 [-1.000, -1.000]", "+0.000 [+0.000, +0.000]", 0, "unfinished (3 of 5 seeds)"]  # fmt: skip
     assert decide(CLAIM, CLAIM.pairs[0], rows_of(*made[:5]), 5)[-1] == "not run"
 
 
@@ -194,7 +206,7 @@ def test_report_and_rows_file(flags):
     assert {(r["variant"], r["seed"]) for r in stored} == set(rows)
     write_report(Path(flags["results"]), {"et_critic": CLAIMS["et_critic"]}, rows, 2, 4)
     report = (Path(flags["results"]) / "report.md").read_text()
-    assert "variant/seeds: rft_entropy_critic/1." in report and "undecided (1 of 2 seeds)" in report and "3 of 4 cells" in report
+    assert "variant/seeds: rft_entropy_critic/1." in report and "unfinished (1 of 2 seeds)" in report and "3 of 4 cells" in report
     assert "rft_entropy_critic/1" in claims.listing({"et_critic": CLAIMS["et_critic"]}, cells, rows)
     elsewhere = claims.Args(**vars(args) | {"output_dir": flags["output_dir"] + "2"})  # the rows alone are enough
     assert collect_rows(cells_of(CLAIMS, elsewhere), elsewhere) == rows

@@ -53,7 +53,7 @@ def config_of(folder):
 def test_sigma_within_a_run_by_hand(flags, schedule, steps, expected):
     names = {f.name for f in fields(train_rl.Args)}
     own = {k: v for k, v in flags.items() if k in names} | {"max_steps": steps}
-    args = train_rl.Args(**own, sigma_schedule=schedule, sigma_tool=0.4, sigma_length=0.8)
+    args = train_rl.Args(**own, reward="et_agent", sigma_schedule=schedule, sigma_tool=0.4, sigma_length=0.8)
     assert [train_rl.at_step(t, args).sigma_tool for t in range(steps)] == pytest.approx(expected)
     assert [train_rl.at_step(t, args).sigma_length for t in range(steps)] == pytest.approx([2 * s for s in expected])
 

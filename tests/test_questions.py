@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.questions import load_questions
+from data.questions import load_questions, question_of
 from eval.bfcl import calls_match
 from trajectory import DataError, ToolCall
 
@@ -46,6 +46,25 @@ def test_trl_and_verl_rows(tmp_path):
     trl, verl = load_questions(write(tmp_path / "q.jsonl", rows))
     assert (trl.question, trl.system, trl.gold) == ("1+1?", "be brief", "2")
     assert (verl.id, verl.gold, verl.task) == ("d-train-5", ["2"], "qa")
+
+
+def test_rows_without_ids_and_solutions_of_gsm8k(tmp_path):
+    solution = "She has 4 + 3 = <<4+3=7>>7 eggs.\nSo 7.\n#### 1,007"
+    rows = [{"question": "eggs?", "answer": solution}, {"question": "b", "answer": "#### 2"}, {"id": "0x", "question": "c", "answer": "1"}]
+    assert [(q.id, q.gold) for q in load_questions(write(tmp_path / "q.jsonl", rows))] == [
+        ("0", "1,007"), ("1", "#### 2"), ("0x", "1")]  # fmt: skip
+    with pytest.raises(DataError, match="missing field 'id'"):
+        question_of(rows[0], "here")
+
+
+def test_a_dataset_id_may_name_a_configuration(monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [{"question": "q", "answer": "1"}])
+    assert [q.gold for q in load_questions("openai/gsm8k:main", split="test")] == ["1"]
+    load_questions("owner/name")
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"}), (("owner/name", None), {"split": "train"})]
 
 
 def test_bfcl_rows(tmp_path):

@@ -346,6 +346,28 @@ def test_resume_is_bitwise(flags, tmp_path, changes):
     assert logged(tmp_path / "whole") == logged(tmp_path / "cut") and len(logged(tmp_path / "cut")) == 4
 
 
+def test_another_runs_checkpoint_goes_on(flags, sft_flags, tmp_path):
+    whole = run_rl(flags, output_dir=str(tmp_path / "whole"))
+    middle = str(tmp_path / "whole/checkpoint-2")
+    assert run_rl(flags, output_dir=str(tmp_path / "again"), resume_from_checkpoint=middle) == whole
+    same_files(tmp_path / "whole", tmp_path / "again", ["adapter_model.safetensors"])
+    assert [row["step"] for row in logged(tmp_path / "again")] == [3, 4]
+    for changes, message in (
+        ({"max_steps": 2}, "checkpoint-2 has done 2 steps of 2: nothing is left"),
+        ({"learning_rate": 1e-5}, "goes on with its own --learning_rate 0.002, not 1e-05"),
+    ):
+        with pytest.raises(common.DataError, match=message):
+            run_rl(flags, output_dir=str(tmp_path / "other"), resume_from_checkpoint=middle, **changes)
+    with pytest.raises(common.DataError, match="a checkpoint of another script, without 'losses'"):
+        train_sft.main(train_sft.Args(**sft_flags | {"resume_from_checkpoint": middle}))
+
+
+def test_no_clipping_is_not_no_training(flags, tmp_path):
+    free, far = (run_rl(flags, output_dir=str(tmp_path / f"{n}"), max_grad_norm=n) for n in (0.0, 1e9))
+    assert free == far and free["grad_norm"] > 0
+    same_files(tmp_path / "0.0", tmp_path / "1000000000.0", ["adapter_model.safetensors"])
+
+
 def test_beta_long_takes_one_step_per_optimizer_step(flags, monkeypatch):
     """Relative target 1.15 × step 0's entropy: β rises by lr · (target − mean H) each time, and the next update has it."""
     seen, real = [], train_rl.update
@@ -600,8 +622,11 @@ def error_of(script, flags, monkeypatch, capsys):
         ({"reward": "entropy_sparse", "temperature": 0.8}, "reads entropies at --temperature 1, not 0.8"),
         ({**REFERENCE, "skip_zero_variance": True}, "--skip_zero_variance looks at whole trajectories"),
         ({"beta": 0.1, "skip_zero_variance": True}, "whose only signal is KL or entropy"),
-        ({"entropy_coef": 0.1}, "--entropy_coef 0.1 needs --entropy_regulariser constant"),
-        ({"beta_long": 2}, r"--beta_long 2.0 must be in \[0, 1\]"),
+        ({"entropy_coef": 0.1}, "--entropy_coef 0.1 has no effect with --entropy_regulariser none, only with constant"),
+        ({"entropy_regulariser": "constant"}, "--entropy_regulariser constant needs an --entropy_coef above 0"),
+        ({"sigma_tool": 5}, "--sigma_tool 5.0 has no effect with --reward correct, only with et_agent"),
+        ({"delta_margin": 1, "reward": "autotool"}, "only with entropy_sparse or entropy_dense"),
+        ({"beta_long": 2, "entropy_regulariser": "adaptive"}, r"--beta_long 2.0 must be in \[0, 1\]"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, changes, message, monkeypatch, capsys):
@@ -614,7 +639,6 @@ def test_bad_flags_end_in_one_line(flags, changes, message, monkeypatch, capsys)
     "lines, message",
     [
         (['{"id": "a", "question": "x", "answer": "1"}', "{broken"], r"q\.jsonl:2: not valid JSON"),
-        (['{"question": "x", "answer": "1"}'], r"q\.jsonl:1: missing field 'id'"),
         (['{"id": "a", "answer": "1"}'], r"q\.jsonl:1: missing field 'question'"),
         (['{"id": "a", "question": "x"}'], r"q\.jsonl:1: missing or empty field 'answer'"),
         (['{"id": "a", "question": "  ", "answer": "1"}'], r"q\.jsonl:1: empty field 'question'"),
