@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,7 @@ class RolloutArgs:
 
 # ---------------------------------------------------------------------------------------------------- tools
 
-ToolBox = dict[str, Callable[[str], ToolResult]]  # name -> (query or code) -> result
+ToolBox = dict[str, Callable[[Any], ToolResult]]  # name -> (its text; a dict if its schema has several parameters)
 
 
 @contextmanager
@@ -141,21 +142,34 @@ def search_tool(args: RolloutArgs) -> Callable[[str], ToolResult]:
     """
     check_index(args)
     if is_url(args.index):
-        try:
-            client = SearchClient(args.index, args.search_protocol)
-        except SearchError as e:
-            raise DataError(f"--index {args.index}: {e}") from None
-        return lambda query: run_search(client, query, args.search_top_k, args.search_max_chars)
+        return partial(search_at_server, _asked(lambda: SearchClient(args.index, args.search_protocol), args), args)
     index = SearchIndex.load(args.index)
     if args.noise:
         index = NoisyIndex(index, args.noise, args.noise_seed)
     return lambda query: replace(run_search(index, query, args.search_top_k, args.search_max_chars), seconds=0.0)
 
 
+def search_at_server(client: SearchClient, args: RolloutArgs, query: str) -> ToolResult:
+    """One search. DataError if the server is gone: a policy must not learn from that; the same command goes on later."""
+    result = run_search(client, query, args.search_top_k, args.search_max_chars)
+    if not result.ok:  # this query's matter, if the server still answers
+        _asked(client.check_health, args)
+    return result
+
+
+def _asked(question: Callable[[], Any], args: RolloutArgs) -> Any:
+    try:
+        return question()
+    except SearchError as e:
+        raise DataError(f"--index {args.index}: {e}") from None
+
+
 def check_index(args: RolloutArgs) -> None:
-    """DataError if `--index` names a folder that is not there; before any work starts."""
+    """DataError if `--index` names a folder that is not there; before any work starts. Says so if there is no search."""
     if not has_index(args):
         raise DataError(f"--index {args.index}: no such folder")
+    if not args.index:
+        print("tools: python; without --index a search is answered with an error")
 
 
 def has_index(args: RolloutArgs) -> bool:
@@ -182,22 +196,35 @@ def run_call(call: ToolCall, earlier: list[ToolCall], toolbox: ToolBox, args: Ro
         refusal = "refused: the tool time of this question is used up"
     if refusal:
         return ToolCall(call.name, call.arguments, f"error: {refusal}", False, refusal)
-    text = call.arguments
-    if isinstance(text, dict):  # hermes: {"query": …} or {"code": …}
-        if len(text) != 1 or not isinstance(next(iter(text.values())), str):
+    given = call.arguments
+    if isinstance(given, dict) and len(parameters_of(call.name)) < 2:  # hermes: {"query": …} or {"code": …}
+        if len(given) != 1 or not isinstance(next(iter(given.values())), str):
             error = f"{call.name} takes one text argument"
             return ToolCall(call.name, call.arguments, f"error: {error}", False, error)
-        text = next(iter(text.values()))
-    result = toolbox[call.name](text)
+        given = next(iter(given.values()))
+    result = toolbox[call.name](given)
     return ToolCall(call.name, call.arguments, result.text.rstrip("\n"), result.ok, result.error, result.seconds)
+
+
+def parameters_of(name: str) -> dict[str, dict]:
+    """The parameters that TOOL_SCHEMAS declares of a tool; none if it is not there."""
+    schemas = (schema["function"] for schema in TOOL_SCHEMAS)
+    return next((schema["parameters"]["properties"] for schema in schemas if schema["name"] == name), {})
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
 
 
 def render_prompt(question: Question, tokenizer: PreTrainedTokenizerBase, dialect: str) -> str:
-    """The chat prompt that rollout, SFT and evaluation share; a row's own system message replaces ours."""
-    system = question.system or SYSTEM_PROMPTS[dialect] + (BOXED if question.task == "math" else "")
+    """The chat prompt that rollout, SFT and evaluation share.
+
+    A row's own system message replaces ours in the hermes dialect, whose template explains the calls; elsewhere ours
+    follows it, unless it names the <answer> tag itself.
+    """
+    ours = SYSTEM_PROMPTS[dialect] + (BOXED if question.task == "math" else "")
+    system = question.system or ours
+    if question.system and dialect == "tags" and "<answer>" not in question.system:
+        system = f"{question.system}\n\n{ours}"
     schemas = question.tools or (TOOL_SCHEMAS if dialect == "hermes" else None)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question.question}]
     return tokenizer.apply_chat_template(messages, tools=schemas, add_generation_prompt=True, tokenize=False)
@@ -280,10 +307,21 @@ def start_draft(q: Question, i: int, tokenizer: PreTrainedTokenizerBase, args: R
     return draft
 
 
-def check_prompts(questions: list[Question], tokenizer: PreTrainedTokenizerBase, args: RolloutArgs) -> None:
-    """Raise DataError for the first question whose prompt is too long, before any work."""
+def check_prompts(
+    questions: list[Question], tokenizer: PreTrainedTokenizerBase, args: RolloutArgs, model: Any = None
+) -> None:
+    """Raise DataError for the first question whose prompt is too long, before any work.
+
+    So is one that leaves less room among the model's positions than `--max_completion_length`.
+    """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for q in questions:
-        start_draft(q, 0, tokenizer, args, ())
+        prompt = start_draft(q, 0, tokenizer, args, ()).prompt_len
+        if positions and prompt + args.max_completion_length > positions:
+            raise DataError(
+                f"question {q.id!r}: its prompt of {prompt} tokens and --max_completion_length "
+                f"{args.max_completion_length} are more than the model's {positions} positions"
+            )
 
 
 def to_trajectory(draft: Draft, tokenizer: PreTrainedTokenizerBase) -> Trajectory:
@@ -336,8 +374,15 @@ def token_starts(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) 
     for piece in tokenizer.batch_decode([[i] for i in ids]):
         starts.append(at)
         at += len(piece)
-    if at != len(text):  # pieces of one character decode to several marks: measure growing prefixes instead
-        starts = [len(tokenizer.decode(ids[:n]).rstrip("\ufffd")) for n in range(len(ids))]
+    if at == len(text):
+        return starts
+    starts, at, first, read = [], 0, 0, 0  # pieces of one character decode to several marks: decode a little at a time
+    for n in range(len(ids)):  # ids[:read] are `at` whole characters; those from `first` are decoded again as context
+        known, now = tokenizer.decode(ids[first:read]), tokenizer.decode(ids[first:n])
+        whole = now.rstrip("\ufffd")
+        starts.append(at + len(whole) - len(known))
+        if n > read and whole == now:
+            at, first, read = starts[-1], read, n
     return starts
 
 

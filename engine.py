@@ -14,8 +14,8 @@ happens depends on the segment alone). In bfloat16 or on a GPU samples follow th
 the batch. Against `--engine hf`, which rounds in another order, ids are equal up to ties.
 
 Not used: transformers' continuous batching. It took four times as long as generate for 64 rows of 48 + 100 tokens (one
-CPU thread, busy machine), knows no stop tags and no per-row seeds, and frees the pages at the end of a turn. No CUDA
-graphs yet: a `slot_plan` of one group, all rows at full width, makes a step's shapes static. Not measured on a GPU.
+CPU thread, busy machine), knows no stop tags and no per-row seeds, and frees the pages at the end of a turn. On a GPU
+all rows are one group of attention; no CUDA graphs yet. Not measured on a GPU.
 """
 
 from collections import Counter, deque
@@ -40,7 +40,7 @@ from rollout import (
     score_processors,
     submit_calls,
 )
-from slot_cache import WIDTH, Group, SlotCache, causal_mask, round_up, slot_attention, slot_plan
+from slot_cache import CALL, WIDTH, Group, SlotCache, causal_mask, round_up, slot_attention, slot_plan
 from tools.parse import STOPS
 
 ROWS = 16  # rows of every matrix product are a multiple of this
@@ -175,7 +175,7 @@ class Engine:
         positions = positions.to(self.on)
         plan = [
             (slice(first, end), slice(first, end), keys, causal_mask(positions[first:end], keys, self.dtype))
-            for first, end, keys in slot_plan(lengths)
+            for first, end, keys in slot_plan(lengths, CALL if self.on.type == "cpu" else float("inf"))
         ]
         hidden = self.forward(tokens, list(range(len(self.slots))), positions, plan)[:, -1]  # (S, H)
         ready = [i for i in active if not self.slots[i].feed]

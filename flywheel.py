@@ -116,7 +116,7 @@ def main(args: Args) -> dict:
     check_index(args)
     questions = load_questions(args.data, args.task, args.limit, args.split)
     model, tokenizer = load_sampler(args)
-    check_prompts(questions, tokenizer, args)
+    check_prompts(questions, tokenizer, args, model)
     with open_tools(args) as toolbox:
         log = evolve(run.dir, questions, model, tokenizer, args, toolbox)
     kept = (t for group in pool_groups(run.dir, log) for t in rft_set(group, args.rft_per_question))

@@ -55,11 +55,11 @@ def entropy_dense(group: list[Trajectory], rewards: list[dict[str, float]], a: A
     """Tool-level advantages [2602.02050; PAPERS C3]: r_k = S (1 + α I_k) normalised over all calls of the group.
 
     Call k's advantage goes to its turn: the reasoning before it and its own tokens. The final segment, and all of a
-    trajectory without calls, gets the group-normalised outcome, S = rewards["correct"].
+    trajectory without calls, gets the group-normalised outcome, S = rewards["outcome"].
     """
-    outcomes = group_advantages([r["correct"] for r in rewards])
+    outcomes = group_advantages([r["outcome"] for r in rewards])
     indicators = call_indicators(group, a)
-    per_call = [dense(r["correct"], found, a.dense_alpha) for r, found in zip(rewards, indicators)]
+    per_call = [dense(r["outcome"], found, a.dense_alpha) for r, found in zip(rewards, indicators)]
     normalised = iter(group_advantages([r for row in per_call for r in row]))
     rows = _broadcast(group, outcomes)
     for row, t in zip(rows, group):

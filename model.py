@@ -161,21 +161,44 @@ def keep_cpu_weights_as_loaded(base: torch.nn.Module) -> None:
 def load_policy(args: ModelArgs, trainable: bool = True) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer). A model folder gets a fresh adapter if `trainable`; an adapter folder goes on from its own.
 
-    The fresh adapter is zero (B = 0), so the policy starts as the base.
+    The fresh adapter is zero (B = 0), so the policy starts as the base. Dropout of an adapter from elsewhere is off:
+    it would make the first ratio differ from 1. DataError for what cannot be trained here.
     """
     path = args.model_name_or_path
+    if trainable and args.dtype == "float16":
+        raise DataError("--dtype float16: gradients underflow in it without loss scaling; train in bfloat16 or float32")
     tokenizer = load_tokenizer(path, args.trust_remote_code)
     if (Path(path) / "adapter_config.json").is_file():
         config = LoraConfig.from_pretrained(path)
-        for flag, own, given in (("r", config.r, args.lora_r), ("alpha", config.lora_alpha, args.lora_alpha)):
-            if trainable and given not in (own, getattr(ModelArgs, f"lora_{flag}")):
-                raise DataError(f"--lora_{flag} {given}: the adapter in {path} goes on with its own, {own}")
+        if trainable:
+            check_adapter(config, args)
+        config.lora_dropout = 0.0
         base = load_base(args, config.base_model_name_or_path)
-        return PeftModel.from_pretrained(base, path, is_trainable=trainable), tokenizer
+        model = PeftModel.from_pretrained(base, path, is_trainable=trainable, config=config)
+        try:
+            check_lm_head(model.get_output_embeddings(), base.config)
+        except ValueError as e:
+            raise DataError(f"--model_name_or_path {path}: {e}") from None
+        return model, tokenizer
     base = load_base(args, path)
     if not trainable:
         return base, tokenizer
     return with_adapter(base, args), tokenizer
+
+
+def check_adapter(config: LoraConfig, args: ModelArgs) -> None:
+    """DataError if an adapter is of a kind that is not trained here, or if flags ask for another one than it is."""
+    path = args.model_name_or_path
+    for name, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
+        if getattr(config, name) not in (plain, []):
+            raise DataError(f"--model_name_or_path {path}: adapters with {name} {getattr(config, name)} are not trained here")
+    for flag, own in (("r", config.r), ("alpha", config.lora_alpha)):
+        given = getattr(args, f"lora_{flag}")
+        if given not in (own, getattr(ModelArgs, f"lora_{flag}")):
+            raise DataError(f"--lora_{flag} {given}: the adapter in {path} goes on with its own, {own}")
+    own, given = config.target_modules, args.lora_target_modules
+    if given != ["all-linear"] and set(given) != set(own):
+        raise DataError(f"--lora_target_modules {' '.join(given)}: the adapter in {path} goes on with its own, {own}")
 
 
 def with_adapter(base: PreTrainedModel, args: ModelArgs) -> PeftModel:
@@ -224,22 +247,21 @@ def use_reference(model: PeftModel) -> Iterator[None]:
 def sampling_mode(model: torch.nn.Module) -> Iterator[None]:
     """Inside: eval mode and no gradient checkpointing, which would switch the KV cache of generate off."""
     was_training = model.training
-    checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     model.eval()
-    if checkpointing:
-        model.gradient_checkpointing_disable()
+    for module in checkpointing:  # transformers' own way to switch it on again would add a hook to the model each time
+        module.gradient_checkpointing = False
     try:
         yield
     finally:
-        if checkpointing:
-            enable_checkpointing(model)
+        for module in checkpointing:
+            module.gradient_checkpointing = True
         model.train(was_training)
 
 
 def enable_checkpointing(model: torch.nn.Module) -> None:
-    """Recompute activations in the backward pass; the inputs must require grad because the base is frozen."""
+    """Recompute activations in the backward pass; without reentry, so that inputs need no gradient."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
 
 
 def packed(trajectories: list[Trajectory], size: int, max_tokens: int) -> Iterator[list[Trajectory]]:
@@ -317,7 +339,7 @@ def token_stats(model: torch.nn.Module, batch: Batch, temperature: float = 1.0) 
 def token_entropies(
     trajectories: list[Trajectory], model: torch.nn.Module, pad_id: int, batch_size: int
 ) -> list[list[float]]:
-    """Entropy of every token in nats at T = 1, (T,) each: as stored, else by a forward pass of the model."""
+    """Entropy of every token in nats, (T,) each: as stored (at its run's temperature), else by a pass at T = 1."""
     found = {id(t): t.entropy for t in trajectories if t.entropy is not None}
     on = next(model.parameters()).device
     for rows in packed([t for t in trajectories if t.entropy is None], batch_size, 0):

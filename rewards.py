@@ -161,18 +161,18 @@ def entropy_sparse_reward(group: list[Trajectory], correctness: list[float], for
     """Adapter: a malformed response scores S = 0; `reducing` = share of calls with I_k = 1, absent without calls."""
     outcomes = [s * ok for s, ok in zip(correctness, formed)]
     return [
-        {"total": sparse(s, found), "correct": s} | _share(found)
-        for s, found in zip(outcomes, call_indicators(group, a))
+        {"total": sparse(outcome, found), "correct": s} | _share(found)
+        for s, outcome, found in zip(correctness, outcomes, call_indicators(group, a))
     ]
 
 
 def entropy_dense_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
     """Adapter: total = mean of the calls' rewards (S without calls), for the log; `--advantage entropy_dense` takes
-    the outcome from `correct` (0 if malformed) and each call's own reward."""
+    `outcome` (S, 0 if malformed) and each call's own reward."""
     outcomes = [s * ok for s, ok in zip(correctness, formed)]
     return [
-        {"total": fmean(dense(s, found, a.dense_alpha) or [s]), "correct": s} | _share(found)
-        for s, found in zip(outcomes, call_indicators(group, a))
+        {"total": fmean(dense(outcome, found, a.dense_alpha) or [outcome]), "correct": s, "outcome": outcome} | _share(found)
+        for s, outcome, found in zip(correctness, outcomes, call_indicators(group, a))
     ]
 
 
@@ -182,8 +182,8 @@ def _share(indicators: list[bool]) -> dict[str, float]:
 
 def calls_penalty_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
     """Control of the sparse reward: S − λ n, S = 0 if malformed, n = closed calls."""
-    outcomes = [s * ok for s, ok in zip(correctness, formed)]
-    return [{"total": s - a.call_penalty * t.n_calls, "correct": s} for t, s in zip(group, outcomes)]
+    rows = correct_reward(group, correctness, formed, a)
+    return [row | {"total": row["total"] - a.call_penalty * t.n_calls} for row, t in zip(rows, group)]
 
 
 def length_penalty_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:

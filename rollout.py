@@ -381,7 +381,7 @@ def main(args: Args) -> list[Trajectory]:
     if not todo:
         return done
     model, tokenizer = load_sampler(args)
-    check_prompts(questions, tokenizer, args)
+    check_prompts(questions, tokenizer, args, model)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(config, json.dumps(asdict(args), indent=1) + "\n")
     waves = 1 if args.engine == "hf" else 4  # more drafts than slots at a time, so that free slots are refilled

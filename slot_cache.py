@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 WIDTH = 64  # keys of every attention are a multiple of this
-CALL = 100  # keys that one more attention call is worth
+CALL = 100  # keys that one more attention call is worth on a CPU
 ATTENTION = "tare_slots"  # name of `attend` among transformers' attention functions
 
 Group = tuple[slice, slice, int, Tensor]  # rows of the pass, their slots, keys seen, mask (rows, 1, 1, n, keys)
@@ -87,17 +87,18 @@ def causal_mask(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
-def slot_plan(lengths: list[int]) -> list[tuple[int, int, int]]:
+def slot_plan(lengths: list[int], call: float = CALL) -> list[tuple[int, int, int]]:
     """Groups (first, end, keys) of neighbouring slots for one decode step; lengths: keys each slot needs, 0 = none.
 
-    A group pays for its longest row, another group for its call: rows join where that is cheaper.
+    A group pays for its longest row, another group for its call: rows join where that is cheaper. call: the price of
+    one; inf = a single group, for a GPU, where launching six kernels per layer costs more than masked keys do.
     """
     groups: list[tuple[int, int, int]] = []
     for slot, length in enumerate(lengths):
         width = round_up(length, WIDTH)
         if groups and length:
             first, end, keys = groups[-1]
-            if (slot + 1 - first) * max(keys, width) <= (end - first) * keys + width + CALL:
+            if (slot + 1 - first) * max(keys, width) <= (end - first) * keys + width + call:
                 groups[-1] = (first, slot + 1, max(keys, width))
                 continue
         if length:

@@ -78,6 +78,7 @@ METHOD_FLAGS = (  # flag, the flag that decides whether it has an effect, with w
     ("beta_short", "entropy_regulariser", ("decoupled",)),
     *((flag, "entropy_regulariser", ("adaptive", "decoupled")) for flag in ("beta_long", "beta_lr")),
 )
+CLIPPED = 0.2  # share of responses that were cut off above which a run says so
 SHOWN = (  # beside the progress bar
     ("reward", "reward", ".3f"), ("calls", "tools/call_frequency", ".2f"), ("tokens", "completions/mean_length", ".0f"),
     ("entropy", "entropy", ".2f"),
@@ -247,7 +248,7 @@ def train(args: Args) -> dict:
     check_enough(len(questions), args)
     model, tokenizer = load_policy(args)
     model.to(device())
-    check_prompts(questions, tokenizer, args)
+    check_prompts(questions, tokenizer, args, model)
     if args.beta > 0 or args.indicator == "reference":
         add_reference(model)
     if args.gradient_checkpointing:
@@ -319,6 +320,7 @@ def train(args: Args) -> dict:
                 **mode_metrics(everyone, opening),
                 **(sampler_mismatch(everyone) if args.check else {}),
                 "entropy_alarm": float(entropy_alarm(counted["entropy"], metrics, args)),
+                "clipped_alarm": float(clipped_alarm(counted["completions/clipped_ratio"], metrics, args)),
                 "beta_long": constraint.beta_long,
                 **{name: fmean(s[name] for s in stats) for name in stats[0]},
                 "learning_rate": scheduler.get_last_lr()[0],
@@ -451,6 +453,17 @@ def entropy_alarm(mean: float, before: dict, args: Args) -> bool:
     alarm = not low <= mean <= high
     if alarm and not before.get("entropy_alarm"):
         tqdm.write(f"token entropy {mean:.4f} nats is outside --entropy_band {low} {high}")
+    return alarm
+
+
+def clipped_alarm(share: float, before: dict, args: Args) -> bool:
+    """Whether more than CLIPPED of a step's responses were cut off; says so when it was less in the step before."""
+    alarm = share > CLIPPED
+    if alarm and not before.get("clipped_alarm"):
+        tqdm.write(
+            f"{share:.0%} of the responses ran out of --max_completion_length {args.max_completion_length} (tool results "
+            f"included) or --max_tool_calling_iterations {args.max_tool_calling_iterations}: they count as malformed"
+        )
     return alarm
 
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import random
 import re
 import subprocess
@@ -301,6 +302,7 @@ def test_neighbouring_slots_are_grouped_where_that_is_cheaper():
         alone = sum(e.round_up(n, e.WIDTH) + slot_cache.CALL for n in lengths if n)
         assert cost <= alone
     assert e.slot_plan([30] * 16) == [(0, 16, 64)] and e.slot_plan([4000, 64, 64]) == [(0, 1, 4032), (1, 3, 64)]
+    assert e.slot_plan([0, 4000, 0, 64], call=math.inf) == [(1, 4, 4032)]  # as on a GPU
 
 
 def test_a_model_with_other_attention_is_refused_and_left_as_it_was(real):

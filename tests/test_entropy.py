@@ -160,7 +160,8 @@ def test_adapters_zero_a_malformed_response():
     (alone,) = rewards.REWARDS["entropy_sparse"]([lay_out(("answer", [1]))], [1.0], [True], FLAGS)
     assert alone == {"total": 1.0, "correct": 1.0}  # no calls, no share of them
     dense = rewards.REWARDS["entropy_dense"](group, [1.0, 1.0], [True, False], FLAGS)
-    assert [r["total"] for r in dense] == [1.25, 0.0] and [r["correct"] for r in dense] == [1.0, 0.0]
+    assert [r["total"] for r in dense] == [1.25, 0.0] and [r["outcome"] for r in dense] == [1.0, 0.0]
+    assert {r["correct"] for r in sparse + dense} == {1.0}  # in every reward what the grader said
 
 
 def test_dense_advantages_of_two_trajectories_by_hand():
@@ -190,7 +191,7 @@ def test_dense_gives_an_unclosed_call_the_outcome_advantage():
     cut = [search(), search("b", error=UNCLOSED, ok=False)]
     pieces = [("think", [2]), ("tool_call", [1]), ("tool_result", [0]), ("think", [1]), ("tool_call", [1])]
     group = [lay_out(*pieces, calls=cut, finish="length"), pair()[1]]
-    out = ADVANTAGES["entropy_dense"](group, [{"correct": 0.0}, {"correct": 1.0}], FLAGS)
+    out = ADVANTAGES["entropy_dense"](group, [{"outcome": 0.0}, {"outcome": 1.0}], FLAGS)
     half = 0.5**0.5
     assert out[0] == pytest.approx([0, 0, -half, -half, 0, -half, -half], abs=1e-5)
     assert out[1] == pytest.approx([0, 0, half, half, 0, half], abs=1e-5)

@@ -4,9 +4,11 @@
 """
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import save_tiny_model
 
 import model as m
@@ -149,9 +151,12 @@ def test_sampling_mode_switches_checkpointing_off_and_on(policy):
     def on():
         return any(getattr(x, "gradient_checkpointing", False) for x in model.modules())
 
-    with m.sampling_mode(model):
-        assert not model.training and not on()
-    assert model.training and on()
+    hooks = sum(len(x._forward_hooks) for x in model.modules())
+    for _ in range(2):
+        with m.sampling_mode(model):
+            assert not model.training and not on()
+        assert model.training and on()
+    assert sum(len(x._forward_hooks) for x in model.modules()) == hooks
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(policy):
@@ -210,6 +215,35 @@ def test_paths_that_are_no_folder_are_not_looked_up_on_the_hub(tmp_path, monkeyp
     for path in ("/no/such/folder", "data/tinyy", "gone"):
         with pytest.raises(DataError, match=f"--model_name_or_path {path}: no such folder"):
             m.load_tokenizer(path)
+
+
+def test_adapters_from_elsewhere(tiny_model, tmp_path):
+    """Dropout is off; what the loop does not train, or the kernels do not see, is refused by name."""
+
+    def adapter(name, **changes):
+        base = m.load_base(m.ModelArgs(str(tiny_model)), str(tiny_model))
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj"], **changes})
+        m.save_adapter(get_peft_model(base, config), m.load_tokenizer(str(tiny_model)), tmp_path / name)
+        return m.ModelArgs(str(tmp_path / name))
+
+    model, tokenizer = m.load_policy(adapter("dropout", lora_dropout=0.5))
+    model.train()
+    batch = m.collate(ROWS, tokenizer.pad_token_id, CPU)
+    assert torch.equal(m.token_stats(model, batch)[0], m.token_stats(model, batch)[0])
+    assert {x.p for x in model.modules() if isinstance(x, torch.nn.Dropout)} <= {0.0}
+    for changes, message in (
+        ({"use_dora": True}, "adapters with use_dora True are not trained here"),
+        ({"bias": "all"}, "adapters with bias all"),
+        ({"modules_to_save": ["embed_tokens"]}, "adapters with modules_to_save"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "is an adapter on lm_head"),
+    ):
+        with pytest.raises(DataError, match=message):
+            m.load_policy(adapter("x", **changes))
+    with pytest.raises(DataError, match="--lora_target_modules v_proj: the adapter in .* goes on with its own"):
+        m.load_policy(replace(adapter("q"), lora_target_modules=["v_proj"]))
+    with pytest.raises(DataError, match="--dtype float16: gradients underflow"):
+        m.load_policy(m.ModelArgs(str(tiny_model), dtype="float16"))
+    m.load_policy(m.ModelArgs(str(tiny_model), dtype="float16"), trainable=False)
 
 
 def test_an_adapter_goes_on_with_its_own_rank(tiny_model, tmp_path):

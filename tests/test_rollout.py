@@ -6,17 +6,22 @@
 import json
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import ScriptedModel, byte_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import conversation as c
 import rollout as r
 from data.questions import Question
 from model import ModelArgs, load_policy
 from tools.python import ToolResult
-from trajectory import DataError, load_trajectories
+from trajectory import DataError, ToolCall, load_trajectories
 
 CALL = "<think>so</think>\n<python>print(2)</python>"
 ANSWER = "\n<think>fine</think>\n<answer>\\boxed{2}</answer>"
@@ -76,6 +81,27 @@ def test_token_starts_counts_a_character_of_several_tokens_once():
     ids = c.encode(tokenizer, text)
     assert c.token_starts(ids, text, tokenizer) == [0, 1, 1, 2, 2, 2, 3, 6]
     assert c.token_starts(ids[-2:], "xyzb", tokenizer) == [0, 3]
+
+
+def growing_prefixes(ids, tokenizer):
+    return [len(tokenizer.decode(ids[:n]).rstrip("\ufffd")) for n in range(len(ids))]
+
+
+@given(st.text(alphabet="a é漢🙂\ufffd", min_size=1, max_size=12))
+def test_token_starts_are_those_of_growing_prefixes(text):
+    tokenizer = byte_tokenizer()
+    ids = c.encode(tokenizer, text)
+    assert c.token_starts(ids, text, tokenizer) == growing_prefixes(ids, tokenizer)
+
+
+def test_token_starts_of_a_tokenizer_that_drops_the_first_space():
+    vocab = {"▁one": 0, "▁two": 1, "x": 2, "▁": 3}
+    plain = Tokenizer(models.WordLevel(vocab, unk_token="x"))
+    plain.decoder = decoders.Metaspace()
+    tokenizer, ids = PreTrainedTokenizerFast(tokenizer_object=plain), [0, 1, 2, 0, 3, 1]
+    text = tokenizer.decode(ids)
+    assert text == "one twox one  two"
+    assert c.token_starts(ids, text, tokenizer) == growing_prefixes(ids, tokenizer) == [0, 3, 7, 8, 12, 13]
 
 
 def test_a_tag_inside_the_prompt_or_a_result_does_not_stop_the_next_turn():
@@ -195,6 +221,32 @@ def test_hermes_runs_parallel_calls_in_the_chat_template():
     assert between == "\n" + one + one + "<|im_start|>assistant\n"
 
 
+def test_a_tool_of_several_parameters_gets_them_all(monkeypatch):
+    properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
+    function = {"name": "weather", "description": "x", "parameters": {"type": "object", "properties": properties}}
+    monkeypatch.setattr(c, "TOOL_SCHEMAS", [*c.TOOL_SCHEMAS, {"type": "function", "function": function}])
+    box = {"weather": lambda given: ToolResult(f"{given['city']} {given['days'] + 1}", True, None, 0.0), "python": echo}
+    answer = c.run_call(ToolCall("weather", {"city": "Ulm", "days": 2}, "", True), [], box, c.RolloutArgs())
+    assert (answer.result, answer.ok) == ("Ulm 3", True)
+    answer = c.run_call(ToolCall("python", {"code": "1", "more": "2"}, "", True), [], box, c.RolloutArgs())
+    assert (answer.result, answer.ok) == ("error: python takes one text argument", False)
+
+
+def test_a_rows_own_system_message_comes_before_ours_unless_it_names_the_answer_tag():
+    def system(own, dialect="tags"):
+        q = Question("q", "1+1?", "2", "math", system=own)
+        return c.render_prompt(q, byte_tokenizer(), dialect).split("1+1?")[0]
+
+    assert "be brief\n\nSolve the user's question" in system("be brief") and "\\boxed" in system("be brief")
+    assert "Solve the user's" not in system("reply in <answer> tags") and "be brief" not in system(None)
+    assert "Call only what" not in system("be brief", "hermes")
+
+
+def test_without_an_index_a_run_says_so(capsys):
+    c.check_index(c.RolloutArgs())
+    assert "without --index a search is answered with an error" in capsys.readouterr().out
+
+
 def test_a_call_that_the_budget_cut_off_was_not_run():
     call = '<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n</tool_call>'
     tokenizer = byte_tokenizer()
@@ -277,6 +329,10 @@ def test_a_long_prompt_is_refused_before_any_work(real):
     _, tokenizer = real
     with pytest.raises(DataError, match=r"question 'q'.*--max_prompt_length 20"):
         c.check_prompts([question()], tokenizer, c.RolloutArgs(max_prompt_length=20))
+    small = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=1000))
+    c.check_prompts([question()], tokenizer, c.RolloutArgs(max_completion_length=400), small)
+    with pytest.raises(DataError, match="--max_completion_length 590 are more than the model's 1000 positions"):
+        c.check_prompts([question()], tokenizer, c.RolloutArgs(max_completion_length=590), small)
 
 
 def test_command_line_continues_a_killed_run(tmp_path, tiny_model):

@@ -84,6 +84,26 @@ def test_a_server_or_folder_that_is_not_there_is_named(monkeypatch, tmp_path):
         RolloutArgs(index="http://x", noise=0.5, search_top_k=1)
 
 
+def test_a_server_that_goes_away_ends_the_run(index, monkeypatch):
+    """One query that the server refuses is answered to the model; no answer to anything is no business of the policy."""
+    monkeypatch.setattr(SearchClient.__init__, "__defaults__", ("flashrag", 5.0, 0, 0.0))
+    server = SearchServer(index)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    page = tools.serve_search.PAGES["/batch_search"]
+    with open_tools(RolloutArgs(index=f"http://127.0.0.1:{server.server_address[1]}")) as toolbox:
+        monkeypatch.setitem(tools.serve_search.PAGES, "/batch_search", lambda *_: {"no": "list"})
+        result = toolbox["search"]("cats")
+        assert not result.ok and "does not speak flashrag" in result.text
+        monkeypatch.setitem(tools.serve_search.PAGES, "/batch_search", page)
+        assert toolbox["search"]("dogs").ok
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        with pytest.raises(DataError, match="--index http://127.0.0.1:"):
+            toolbox["search"]("cats purr")
+
+
 # ---- the index
 
 

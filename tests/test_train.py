@@ -362,6 +362,16 @@ def test_another_runs_checkpoint_goes_on(flags, sft_flags, tmp_path):
         train_sft.main(train_sft.Args(**sft_flags | {"resume_from_checkpoint": middle}))
 
 
+def test_alarms_speak_once(flags, capsys):
+    args = train_rl.Args(**flags, entropy_band=[0.1, 2.0])
+    assert train_rl.entropy_alarm(2.5, {}, args) and "token entropy 2.5000 nats is outside" in capsys.readouterr().out
+    assert train_rl.entropy_alarm(0.01, {"entropy_alarm": 1.0}, args) and not train_rl.entropy_alarm(2.0, {}, args)
+    assert train_rl.clipped_alarm(0.25, {}, args)
+    assert "25% of the responses ran out of --max_completion_length 16" in capsys.readouterr().out
+    assert train_rl.clipped_alarm(0.25, {"clipped_alarm": 1.0}, args) and not train_rl.clipped_alarm(0.2, {}, args)
+    assert not capsys.readouterr().out
+
+
 def test_no_clipping_is_not_no_training(flags, tmp_path):
     free, far = (run_rl(flags, output_dir=str(tmp_path / f"{n}"), max_grad_norm=n) for n in (0.0, 1e9))
     assert free == far and free["grad_norm"] > 0
