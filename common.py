@@ -43,6 +43,11 @@ def arg(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def flags_of(cls: type, args: Any) -> dict[str, Any]:
+    """The flags of the script `cls` that `args` has too, for a script that drives others."""
+    return {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
+
+
 def require_positive(args: Any, *flags: str) -> None:
     """ValueError that names the first of these flags that is less than 1."""
     for flag in flags:

@@ -11,7 +11,7 @@ the statistics of each selection, the last RL metrics of each round and the fold
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import distributed
 import rollout
 import selection
 import train_rl
-from common import arg, cli, require_positive, seed_of, start_run, table
+from common import arg, cli, flags_of, require_positive, seed_of, start_run, table
 from selection import SelectorName
 from trajectory import DataError
 
@@ -89,12 +89,12 @@ def select_questions(folder: Path, policy: str, r: int, args: Args) -> dict[str,
     if not chosen.exists():
         rollout.main(
             rollout.Args(
-                **shared(rollout.Args, args)
+                **flags_of(rollout.Args, args)
                 | dict(model_name_or_path=policy, output=str(sampled), seed=seed_of_round(r, args), overwrite=False)
                 | dict(num_generations=args.select_generations, branching="none", initial_rollouts=0)
             )
         )
-        settings = shared(selection.Args, args) | dict(trajectories=str(sampled), output=str(chosen), overwrite=False)
+        settings = flags_of(selection.Args, args) | dict(trajectories=str(sampled), output=str(chosen), overwrite=False)
         selection.main(selection.Args(**settings | {"seed": seed_of_round(r, args)}))
     return json.loads(Path(f"{chosen}.statistics.json").read_text())
 
@@ -106,17 +106,12 @@ def round_settings(folder: Path, policy: str, r: int, args: Args) -> train_rl.Ar
     own |= dict(output_dir=str(folder / "rl"), seed=seed_of_round(r, args), overwrite=False)
     own |= dict(sigma_tool=args.sigma_tool * share, sigma_length=args.sigma_length * share)
     own |= dict(sigma_schedule="linear" if args.sigma_schedule == "linear" else "fixed")
-    return train_rl.Args(**shared(train_rl.Args, args) | own)
+    return train_rl.Args(**flags_of(train_rl.Args, args) | own)
 
 
 def seed_of_round(r: int, args: Args) -> int:
     """Another seed in every round: other noise, another order of the questions."""
     return seed_of(args.seed, "round", r) % 2**31
-
-
-def shared(cls: type, args: Args) -> dict[str, Any]:
-    """The flags of `cls` that the curriculum has too."""
-    return {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
 
 
 def summary(result: dict) -> str:

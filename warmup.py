@@ -10,7 +10,7 @@ and counted. The sampling files no_think.jsonl and think.jsonl stay there, and a
 """
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -18,7 +18,7 @@ from typing import Literal
 from tqdm import tqdm
 
 import rollout
-from common import arg, cli, table, write_text
+from common import arg, cli, flags_of, table, write_text
 from eval.behaviour import CORRECT
 from eval.grader import score
 from trajectory import Trajectory, groups_of, save_trajectories
@@ -46,7 +46,7 @@ def main(args: Args) -> list[Trajectory]:
     out.mkdir(parents=True, exist_ok=True)
     samples = {mode: [] for mode in ("no_think", "think")}
     for mode in samples:
-        flags = {f.name: getattr(args, f.name) for f in fields(rollout.Args)}
+        flags = flags_of(rollout.Args, args)
         flags |= {"mode": mode, "output": str(out / f"{mode}.jsonl")}
         if mode == "think" and args.think_model_name_or_path:
             flags["model_name_or_path"] = args.think_model_name_or_path

@@ -15,7 +15,7 @@ from statistics import fmean
 from tqdm import tqdm
 
 import rollout
-from common import arg, cli, table, write_text
+from common import arg, cli, flags_of, table, write_text
 from eval.behaviour import needed_calls, rates
 from eval.grader import score
 from eval.metrics import acu, efficiency, exact_match, extract_answer, f1_et, reasoning_length, successful_execution
@@ -52,9 +52,8 @@ def main(args: Args) -> dict:
         if not trajectories:
             raise DataError(f"--trajectories {args.trajectories}: holds no trajectories")
     else:
-        fields = {name: getattr(args, name) for name in rollout.Args.__dataclass_fields__}
-        fields["output"] = str(Path(args.output) / "trajectories.jsonl")
-        trajectories = rollout.main(rollout.Args(**fields))
+        flags = flags_of(rollout.Args, args) | {"output": str(Path(args.output) / "trajectories.jsonl")}
+        trajectories = rollout.main(rollout.Args(**flags))
     metrics = evaluate(trajectories, args.billion_parameters)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     write_text(Path(args.output) / "metrics.json", json.dumps(metrics, indent=1) + "\n")
