@@ -13,6 +13,7 @@ import rewards
 import rollout
 import selection
 import train_rl
+from common import flags_of
 from trajectory import DataError, Trajectory
 
 
@@ -156,7 +157,7 @@ def test_a_round_without_enough_questions_ends_the_curriculum(flags, tmp_path, m
 
 def test_flags(flags, monkeypatch):
     args = curriculum.Args(**flags, weight_decay=0.5, branching="arpo", engine="fast")
-    assert set(curriculum.shared(train_rl.Args, args)) == {f.name for f in fields(train_rl.Args)}
+    assert set(flags_of(train_rl.Args, args)) == {f.name for f in fields(train_rl.Args)}
     settings = curriculum.round_settings(curriculum.Path("x"), "m", 1, args)
     assert (settings.weight_decay, settings.branching, settings.engine) == (0.5, "arpo", "fast")
     for changes, message in (

@@ -261,6 +261,7 @@ def test_the_plan_of_7b_in_4_bit(tmp_path, capsys):
     assert result["fits"] == {16: True, 24: True, 80: True} and 11 * plan.GiB < result["peak"] < 15.2 * plan.GiB
     for text in ("not checked", "steps", "KV cache", "optimizer", "activations", "16 GB", "tokens per step, at most"):
         assert text in out, text
+    assert "16 GB | tight" in out and "24 GB | fits" in out  # by a fifth
     assert not (tmp_path / "unused").exists()
     need = plan.need_of(train_rl.Args(**flags, engine="fast"), torch.device("cuda"), 2048, 96)
     parts = need.training(8192)
