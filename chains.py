@@ -7,7 +7,7 @@ running sums. Everything it makes is a resumable folder or file.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import curriculum
 import flywheel
@@ -19,6 +19,7 @@ import warmup
 from common import table, write_text
 from data import world
 from data.questions import load_questions
+from entropy import Segment
 from eval import action_space, behaviour, insufficiency
 from eval.evaluate import evaluate
 from experiment import EVAL_SEED, PROBES, RL_SAMPLING, SAMPLING, hard_ids
@@ -217,7 +218,10 @@ def analyses(job: Job) -> dict:
     """
     folder, last = job.folder.parent / "analyses", f"rl_round_{ROUNDS}"
     sampled = {stage: str(job.folder / f"{stage}.jsonl") for stage in STAGES}
-    behaviour.main([sampled["base"], "--entropy", "--model_name_or_path", job.base, "--output", str(folder)])
+    for segment in get_args(Segment):
+        own = [] if segment == "reasoning" else ["--segment", segment]
+        flags = [*own, "--model_name_or_path", job.base, "--output", str(folder.joinpath(*own[1:]))]
+        behaviour.main([sampled["base"], "--entropy", *flags])
     files = [f"{stage}={sampled[stage]}" for stage in ("base", "outcome_rl", "rft", last)]
     own = dict(model_name_or_path=job.base, trajectories=files, output=str(folder), limit=200, threads=job.args.threads)
     action_space.main(action_space.Args(**own))

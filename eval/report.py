@@ -45,8 +45,10 @@ def write_report(folder: Path, metrics: dict, runs: dict[str, list[Path]], notes
     for stage, families in metrics["families"].items():
         parts += [f"## {stage}, per family", "", metrics_table(families), ""]
     if (folder / "analyses" / "entropy_pilot.md").exists():
-        link = "[What a call does to the entropy of the next thought](analyses/entropy_pilot.md)"
-        parts += ["## Analyses", "", link, ""]
+        link = "[What a call does to the entropy of the next segment](analyses/entropy_pilot.md)"
+        others = "; the same with the call's own tokens ([with_call](analyses/with_call/entropy_pilot.md)) and of the "
+        others += "thought alone ([think](analyses/think/entropy_pilot.md))"
+        parts += ["## Analyses", "", link + others, ""]
         parts += ["![ΔH by label](analyses/entropy_changes.png)", "", "![Action space](analyses/action_space.png)", ""]
         parts += [(folder / "analyses" / "insufficiency.md").read_text(encoding="utf-8")]
     path = folder / "report.md"

@@ -1,0 +1,55 @@
+"""README's world commands, as they stand, at small sizes.
+
+    python -m pytest -m slow tests/test_readme.py
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = {  # script -> flags behind those of the README; the last one given counts
+    "data.world": "",
+    "flywheel.py": "--limit 8",
+    "train_sft.py": "--max_steps 2",
+    "curriculum.py": "--limit 24 --num_questions 8 --questions_per_step 4 --max_steps 1 --rounds 1",
+    "eval.evaluate": "--limit 8",
+    "eval.behaviour": "",
+    "warmup.py": "--limit 24",
+    "train_rl.py": "--max_steps 1 --questions_per_step 4",
+    "rollout.py": "--limit 24",
+    "refine.py": "--num_questions 4",
+}
+
+
+def small_commands():
+    block = (ROOT / "README.md").read_text().split("## By hand in the world")[1].split("```")[1].removeprefix("bash")
+    lines = block.replace("\\\n", " ").strip().splitlines()
+    for line in lines:
+        if script := re.match(r"python (?:-m )?(\S+)", line):
+            sizes = "--questions 24" if "--questions" in line else ""
+            line = f"{line} {SMALL[script[1]]} {sizes}"
+        yield line
+
+
+def test_every_script_of_the_world_is_there():
+    scripts = re.findall(r"^python (?:-m )?(\S+)", "\n".join(small_commands()), re.MULTILINE)
+    assert set(scripts) == set(SMALL) and len(scripts) > 15
+
+
+@pytest.mark.slow
+def test_the_world_commands_run(tmp_path):
+    for entry in ROOT.iterdir():
+        if entry.name not in ("out", ".git"):
+            (tmp_path / entry.name).symlink_to(entry)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = "set -ex\n" + "\n".join(small_commands())
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out/dense/result.json").is_file() and (tmp_path / "out/sums/metrics.json").is_file()
