@@ -1,7 +1,7 @@
 """The report of the claims, made from their rows alone: what held, by how much, and what was not run (claims.py).
 
-report.md: an overview of all claims; of every claim that has a row the differences of its pairs and the metrics of
-its variants; two figures.
+report.md: an overview of all claims; of every claim with a pair that was run the differences of its pairs and the
+metrics of its variants; two figures.
 """
 
 from collections.abc import Iterable
@@ -56,8 +56,8 @@ def write_report(
         "![Calls and correctness](calls.png)", "", "![Thinking over the steps of training](modes.png)", "",
     ]  # fmt: skip
     for name, claim in claims.items():
-        if not any(variant in variants_of([claim]) for variant, _ in rows):
-            continue
+        if not any(line[2] for line in found[name]):
+            continue  # no pair has a seed
         rule = f"`{claim.metric}` {'higher' if claim.sign > 0 else 'lower'} by at least {claim.at_least:g}"
         rule += "" if claim.margin is None else f", correctness lower by less than {claim.margin:g}"
         parts += [f"## {name}", "", f"{claim.says} ({claim.where}). Holds if: {rule}.", ""]
