@@ -111,7 +111,8 @@ def decide(claim: Claim, pair: tuple[str, str], rows: Rows, seeds: int) -> list:
     if len(shared) < seeds:
         word = f"unfinished ({len(shared)} of {seeds} seeds)"
     elif word == "fails":
-        word += " (opposite)" if signed.high <= 0 else " (smaller)" if signed.high < claim.at_least else " (correctness)"
+        small = signed.high <= 0 or signed.high < claim.at_least
+        word += " (opposite)" if signed.high < 0 else " (smaller)" if small else " (correctness)"
     return [*pair, len(shared), _shown(effect), _shown(correctness), seeds_for_margin(correctness, claim, shared), word]
 
 

@@ -117,6 +117,8 @@ def test_decide_on_rows_with_a_known_difference():
         "rl_et", "rl_correct", 5, "-1.000 [-1.000, -1.000]", "+0.000 [+0.000, +0.000]", 0, "holds"]  # fmt: skip
     assert decide(CLAIM._replace(sign=+1), CLAIM.pairs[0], rows_of(*made), 5)[-1] == "fails (opposite)"
     assert decide(CLAIM._replace(at_least=1.5), CLAIM.pairs[0], rows_of(*made), 5)[-1] == "fails (smaller)"
+    same = [row(v, s, (1, 1, 1, 1)) for v in CLAIM.pairs[0] for s in range(5)]
+    assert decide(CLAIM._replace(at_least=0), CLAIM.pairs[0], rows_of(*same), 5)[-1] == "fails (smaller)"
     none_right = [row("rl_et", s, (1, 1, 1, 1), correct=(0, 0, 0, 0)) for s in range(5)] + [
         row("rl_correct", s, (2, 2, 2, 2), correct=(1, 1, 1, 1)) for s in range(5)
     ]
