@@ -164,8 +164,8 @@ def close(a, b, tolerance):
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("beta, entropy_coef", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.05), (0.0, 0.05)])
 def test_gradients_equal_plain_autograd_on_whole_logits(flags, loss_type, beta, entropy_coef):
-    args = train_rl.Args(**flags, loss_type=loss_type, beta=beta, temperature=0.8, entropy_regulariser="constant")
-    args.entropy_coef = entropy_coef
+    bonus = dict(entropy_regulariser="constant", entropy_coef=entropy_coef) if entropy_coef else {}
+    args = train_rl.Args(**flags, **bonus, loss_type=loss_type, beta=beta, temperature=0.8)
     model, (part,) = scored_step(args)
     with torch.no_grad():  # move off the sampling policy, so that ratios differ from 1 and some are clipped
         for name, p in model.named_parameters():
@@ -410,7 +410,7 @@ def test_a_skipped_update_changes_neither_weights_nor_beta(flags, monkeypatch):
 
 def test_reference_entropies_are_those_of_the_start(flags):
     """The scored policy was moved off the reference: its entropies differ, the reference's are the base model's."""
-    args = train_rl.Args(**flags, indicator="reference", beta=0.1)
+    args = train_rl.Args(**flags, reward="entropy_sparse", indicator="reference", beta=0.1)
     model, (part,) = scored_step(args)
     for t in (t for mb in part for t in mb.trajectories):
         assert t.ref_entropy != t.entropy
