@@ -23,7 +23,11 @@ MODE_METRICS = ("correctness", "correctness|easy", "correctness|hard", "thinking
 COLLAPSED = 0.1  # thinking on hard items below which a policy has collapsed
 WORDS = ("holds", "fails", "undecided", "unfinished", "not run")
 ENDS = ("sums_35", "sums_85")  # worlds of the figure on modes
-DRAWN = ("none_none", "none_decoupled", "majority_none", "majority_decoupled", "correct", "length")  # its variants
+DRAWN = {  # its variants
+    "none_none": "no warm-up, no constraint", "none_decoupled": "constraint alone",
+    "none_adaptive": "one coefficient for both modes", "majority_none": "warm-up alone",
+    "majority_decoupled": "warm-up and constraint", "correct": "correctness reward", "length": "price on length",
+}  # fmt: skip
 
 
 def write_report(
@@ -230,11 +234,11 @@ def draw_modes(path: Path, rows: Rows) -> None:
     for at, world in enumerate(ENDS):
         share = world.removeprefix("sums_")
         for (key, label), axis in zip(curves, axes[:, at]):
-            for name in DRAWN:
+            for name, shown in DRAWN.items():
                 found = [row["curves"] for row in seeds_of(f"at_{share}_{name}", rows) if key in row["curves"]]
                 if found:
                     points = [[v for v in window if v is not None] for window in zip(*(c[key] for c in found))]
-                    axis.plot(found[0]["step"], [fmean(p) if p else float("nan") for p in points], label=name)
+                    axis.plot(found[0]["step"], [fmean(p) if p else float("nan") for p in points], label=shown)
                     axis.legend(frameon=False, fontsize=7)
             axis.set_ylabel(label)
         axes[0, at].set_title(f"{share} % easy sums in training", fontsize=10)
