@@ -234,13 +234,14 @@ def draw_modes(path: Path, rows: Rows) -> None:
     for at, world in enumerate(ENDS):
         share = world.removeprefix("sums_")
         for (key, label), axis in zip(curves, axes[:, at]):
-            for name, shown in DRAWN.items():
+            for k, (name, shown) in enumerate(DRAWN.items()):
                 found = [row["curves"] for row in seeds_of(f"at_{share}_{name}", rows) if key in row["curves"]]
                 if found:
                     points = [[v for v in window if v is not None] for window in zip(*(c[key] for c in found))]
-                    axis.plot(found[0]["step"], [fmean(p) if p else float("nan") for p in points], label=shown)
-                    axis.legend(frameon=False, fontsize=7)
+                    axis.plot(found[0]["step"], [fmean(p) if p else float("nan") for p in points], f"C{k}", label=shown)
             axis.set_ylabel(label)
         axes[0, at].set_title(f"{share} % easy sums in training", fontsize=10)
         axes[1, at].set_xlabel("step")
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}  # each variant once
+    figure.legend(lines.values(), lines.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8)
     save(figure, path)

@@ -17,5 +17,5 @@ def pyplot() -> Any:
 def save(figure: Any, path: Path) -> None:
     """Write a figure as PNG and close it."""
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot().close(figure)
