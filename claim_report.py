@@ -14,7 +14,7 @@ from claim_list import VARIANTS, WORLDS, Claim
 from common import table, write_text
 from eval.entropy_pilot import LABELS
 from eval.figures import pyplot, save
-from eval.intervals import Interval, paired_interval, verdict
+from eval.intervals import Interval, failure, paired_interval, verdict
 from trajectory import DataError
 
 Rows = dict[tuple[str, int], dict]  # (variant, seed) -> its row of rows.jsonl
@@ -54,8 +54,8 @@ def write_report(
         "more than were run, a claim of equal correctness can only fail or stay undecided",
         f"- every interval stands for itself: of the {complete} pairs with all seeds, which share variants, a twentieth "
         "would exclude 0 by chance if there were no difference anywhere",
-        "- a fifth to a quarter of the held-out questions with tools also occur in training, word for word (the world has "
-        "few sums and facts), of the running sums none",
+        "- some of the held-out questions with tools also occur in training, word for word: the world has few sums and "
+        "facts (the reproduction's report counts them)",
         "", "Number of pairs by verdict:", "", table(["claim", "says", *WORDS], overview), "",
         "![Calls and correctness](calls.png)", "", "![Thinking over the steps of training](modes.png)", "",
     ]  # fmt: skip
@@ -111,12 +111,12 @@ def decide(claim: Claim, pair: tuple[str, str], rows: Rows, seeds: int) -> list:
     effect = difference(first, second, claim.metric)
     correctness = difference(first, second, "correctness")
     signed = effect if claim.sign > 0 else Interval(-effect.mean, -effect.high, -effect.low)
-    word = verdict(signed, claim.at_least, None if claim.margin is None else correctness, claim.margin or 0.0)
+    rule = signed, claim.at_least, None if claim.margin is None else correctness, claim.margin or 0.0
+    word = verdict(*rule)
     if len(shared) < seeds:
         word = f"unfinished ({len(shared)} of {seeds} seeds)"
     elif word == "fails":
-        small = signed.high <= 0 or signed.high < claim.at_least
-        word += " (opposite)" if signed.high < 0 else " (smaller)" if small else " (correctness)"
+        word += f" ({failure(*rule)})"
     return [*pair, len(shared), _shown(effect), _shown(correctness), seeds_for_margin(correctness, claim, shared), word]
 
 
@@ -177,8 +177,8 @@ def variants_table(claim: Claim, rows: Rows) -> str:
             line.append(sum(fmean(values(row, "thinking|hard")) < COLLAPSED for row in mine))
             line.append(fmean(silent) if silent else "")
         lines.append(line)
-    names = [*map(in_words, metrics), *(["tokens saved"] if branched else []), *(("collapsed", "groups without signal") if sums else ())]
-    return table(["variant", "seeds", *names], lines)
+    names = ["variant", "seeds", *map(in_words, metrics), *(["tokens saved"] if branched else [])]
+    return table(names + (["collapsed", "groups without signal"] if sums else []), lines)
 
 
 def saved_tokens(row: dict) -> float:

@@ -32,8 +32,10 @@ A = TypeVar("A")
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "math-verify", "bm25s")
 STARTED = ("config.json", "env.json")  # what a run folder holds before anything is computed
 # may differ when a run goes on, which may also have moved
-NOT_CONFIG = {"output", "output_dir", "overwrite", "report_to", "resume_from_checkpoint"}
-NOT_CONFIG |= {"dry_run", "dry_run_gb", "base_url", "workers"}
+NOT_CONFIG = {
+    "output", "output_dir", "overwrite", "report_to", "resume_from_checkpoint", "dry_run", "dry_run_gb", "base_url",
+    "workers",
+}  # fmt: skip
 
 
 def arg(default: Any, help: str) -> Any:

@@ -126,12 +126,14 @@ ToolBox = dict[str, Callable[[Any], ToolResult]]  # name -> (its text; a dict if
 
 @contextmanager
 def open_tools(args: RolloutArgs) -> Iterator[ToolBox]:
-    """The tools a model may call: python always, search if `--index` is given. Closed on exit."""
+    """The tools a model may call: python always, search if `--index` is given (else says so). Closed on exit."""
     with ExitStack() as stack:
         sandbox = stack.enter_context(PythonSandbox(args.python_timeout, args.python_memory_mb, args.tool_workers))
         toolbox: ToolBox = {"python": sandbox.run}
         if args.index:
             toolbox["search"] = search_tool(args)
+        else:
+            print("tools: python; without --index a search is answered with an error")
         yield toolbox
 
 
@@ -165,11 +167,9 @@ def _asked(question: Callable[[], Any], args: RolloutArgs) -> Any:
 
 
 def check_index(args: RolloutArgs) -> None:
-    """DataError if `--index` names a folder that is not there; before any work starts. Says so if there is no search."""
+    """DataError if `--index` names a folder that is not there; before any work starts."""
     if not has_index(args):
         raise DataError(f"--index {args.index}: no such folder")
-    if not args.index:
-        print("tools: python; without --index a search is answered with an error")
 
 
 def has_index(args: RolloutArgs) -> bool:
@@ -376,13 +376,14 @@ def token_starts(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) 
         at += len(piece)
     if at == len(text):
         return starts
-    starts, at, first, read = [], 0, 0, 0  # pieces of one character decode to several marks: decode a little at a time
-    for n in range(len(ids)):  # ids[:read] are `at` whole characters; those from `first` are decoded again as context
-        known, now = tokenizer.decode(ids[first:read]), tokenizer.decode(ids[first:n])
+    starts, at, first, read, known = [], 0, 0, 0, 0  # pieces of one character decode to several marks: go bit by bit
+    for n in range(len(ids)):  # ids[:read] are `at` whole characters, the last `known` of them from `first` on: context
+        now = tokenizer.decode(ids[first:n])
         whole = now.rstrip("\ufffd")
-        starts.append(at + len(whole) - len(known))
+        starts.append(at + len(whole) - known)
         if n > read and whole == now:
             at, first, read = starts[-1], read, n
+            known = len(tokenizer.decode(ids[first:read]))
     return starts
 
 

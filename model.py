@@ -138,13 +138,17 @@ def load_base(args: ModelArgs, path: str) -> PreTrainedModel:
     if args.load_in_4bit:
         keep_cpu_weights_as_loaded(base)
     base.requires_grad_(False)
-    try:
-        check_lm_head(base.get_output_embeddings(), base.config)
-    except ValueError as e:
-        raise DataError(f"--model_name_or_path {path}: {e}") from None
+    _check_head(base, path)
     own = base.generation_config  # keep what ends a turn; how to sample is for the flags of rollout.py alone
     base.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
     return base
+
+
+def _check_head(model: torch.nn.Module, path: str) -> None:
+    try:
+        check_lm_head(model.get_output_embeddings(), causal_lm(model).config)
+    except ValueError as e:
+        raise DataError(f"--model_name_or_path {path}: {e}") from None
 
 
 def keep_cpu_weights_as_loaded(base: torch.nn.Module) -> None:
@@ -175,10 +179,7 @@ def load_policy(args: ModelArgs, trainable: bool = True) -> tuple[torch.nn.Modul
         config.lora_dropout = 0.0
         base = load_base(args, config.base_model_name_or_path)
         model = PeftModel.from_pretrained(base, path, is_trainable=trainable, config=config)
-        try:
-            check_lm_head(model.get_output_embeddings(), base.config)
-        except ValueError as e:
-            raise DataError(f"--model_name_or_path {path}: {e}") from None
+        _check_head(model, path)
         return model, tokenizer
     base = load_base(args, path)
     if not trainable:
@@ -191,7 +192,8 @@ def check_adapter(config: LoraConfig, args: ModelArgs) -> None:
     path = args.model_name_or_path
     for name, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
         if getattr(config, name) not in (plain, []):
-            raise DataError(f"--model_name_or_path {path}: adapters with {name} {getattr(config, name)} are not trained here")
+            kind = f"{name} {getattr(config, name)}"
+            raise DataError(f"--model_name_or_path {path}: adapters with {kind} are not trained here")
     for flag, own in (("r", config.r), ("alpha", config.lora_alpha)):
         given = getattr(args, f"lora_{flag}")
         if given not in (own, getattr(ModelArgs, f"lora_{flag}")):

@@ -159,20 +159,20 @@ def autotool_reward(group: list[Trajectory], correctness: list[float], formed: l
 
 def entropy_sparse_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
     """Adapter: a malformed response scores S = 0; `reducing` = share of calls with I_k = 1, absent without calls."""
-    outcomes = [s * ok for s, ok in zip(correctness, formed)]
+    rows = correct_reward(group, correctness, formed, a)
     return [
-        {"total": sparse(outcome, found), "correct": s} | _share(found)
-        for s, outcome, found in zip(correctness, outcomes, call_indicators(group, a))
+        row | {"total": sparse(row["total"], found)} | _share(found)
+        for row, found in zip(rows, call_indicators(group, a))
     ]
 
 
 def entropy_dense_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
     """Adapter: total = mean of the calls' rewards (S without calls), for the log; `--advantage entropy_dense` takes
     `outcome` (S, 0 if malformed) and each call's own reward."""
-    outcomes = [s * ok for s, ok in zip(correctness, formed)]
+    rows = [row | {"outcome": row["total"]} for row in correct_reward(group, correctness, formed, a)]
     return [
-        {"total": fmean(dense(outcome, found, a.dense_alpha) or [outcome]), "correct": s, "outcome": outcome} | _share(found)
-        for s, outcome, found in zip(correctness, outcomes, call_indicators(group, a))
+        row | {"total": fmean(dense(row["outcome"], found, a.dense_alpha) or [row["outcome"]])} | _share(found)
+        for row, found in zip(rows, call_indicators(group, a))
     ]
 
 

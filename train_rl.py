@@ -256,8 +256,9 @@ def train(args: Args) -> dict:
     optimizer = adamw(model, args.optimizer, args.learning_rate, args.weight_decay)
     updates = args.max_steps * args.num_iterations * args.updates_per_batch
     scheduler = schedule(optimizer, args.lr_scheduler_type, args.warmup_ratio, updates)
-    resumed = run.dir, args.resume_from_checkpoint, model, optimizer, scheduler, args.max_steps
-    first, state = resume(*resumed, own="entropy_state")
+    first, state = resume(
+        run.dir, args.resume_from_checkpoint, model, optimizer, scheduler, args.max_steps, own="entropy_state"
+    )
     run.forget_after(first)
     metrics = state.get("metrics", {})
     constraint = EntropyState(**state["entropy_state"]) if state else first_entropy_state(args)
@@ -450,20 +451,22 @@ def mode_metrics(trajectories: list[Trajectory], opening: int) -> dict[str, floa
 def entropy_alarm(mean: float, before: dict, args: Args) -> bool:
     """Whether the step's token entropy is outside `--entropy_band`; says so when it was inside in the step before."""
     low, high = args.entropy_band
-    alarm = not low <= mean <= high
-    if alarm and not before.get("entropy_alarm"):
-        tqdm.write(f"token entropy {mean:.4f} nats is outside --entropy_band {low} {high}")
-    return alarm
+    text = f"token entropy {mean:.4f} nats is outside --entropy_band {low} {high}"
+    return _say_once("entropy_alarm", not low <= mean <= high, before, text)
 
 
 def clipped_alarm(share: float, before: dict, args: Args) -> bool:
     """Whether more than CLIPPED of a step's responses were cut off; says so when it was less in the step before."""
-    alarm = share > CLIPPED
-    if alarm and not before.get("clipped_alarm"):
-        tqdm.write(
-            f"{share:.0%} of the responses ran out of --max_completion_length {args.max_completion_length} (tool results "
-            f"included) or --max_tool_calling_iterations {args.max_tool_calling_iterations}: they count as malformed"
-        )
+    text = (
+        f"{share:.0%} of the responses ran out of --max_completion_length {args.max_completion_length} (tool results "
+        f"included) or --max_tool_calling_iterations {args.max_tool_calling_iterations}: they count as malformed"
+    )
+    return _say_once("clipped_alarm", share > CLIPPED, before, text)
+
+
+def _say_once(name: str, alarm: bool, before: dict, text: str) -> bool:  # before: the metrics of the step before
+    if alarm and not before.get(name):
+        tqdm.write(text)
     return alarm
 
 

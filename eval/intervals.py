@@ -52,6 +52,13 @@ def verdict(effect: Interval, at_least: float, correctness: Interval | None, mar
     """
     if effect.low > 0 and effect.mean >= at_least and (correctness is None or correctness.low > -margin):
         return "holds"
-    if effect.high <= 0 or effect.high < at_least or (correctness is not None and correctness.high < -margin):
-        return "fails"
-    return "undecided"
+    return "fails" if failure(effect, at_least, correctness, margin) else "undecided"
+
+
+def failure(effect: Interval, at_least: float, correctness: Interval | None, margin: float) -> str:
+    """Why a claim fails: opposite, smaller (than `at_least`, or nothing) or correctness; "" if it does not."""
+    if effect.high < 0:
+        return "opposite"
+    if effect.high <= 0 or effect.high < at_least:
+        return "smaller"
+    return "correctness" if correctness is not None and correctness.high < -margin else ""

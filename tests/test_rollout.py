@@ -243,7 +243,8 @@ def test_a_rows_own_system_message_comes_before_ours_unless_it_names_the_answer_
 
 
 def test_without_an_index_a_run_says_so(capsys):
-    c.check_index(c.RolloutArgs())
+    with c.open_tools(c.RolloutArgs()):
+        pass
     assert "without --index a search is answered with an error" in capsys.readouterr().out
 
 
