@@ -7,10 +7,12 @@ import json
 
 import pytest
 
+import chains
 import reproduce
 from eval import evaluate as e
 from eval.report import write_report
-from trajectory import Span, ToolCall, Trajectory, save_trajectories
+from experiment import EVAL_SEED
+from trajectory import Span, ToolCall, Trajectory, save_trajectories, write_jsonl
 
 
 def trajectory(i, answer, calls, need, tokens, finish="eos", family="lookup"):
@@ -63,6 +65,34 @@ def test_families_and_files(tmp_path, capsys):
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
     assert {f: m["n"] for f, m in metrics["families"].items()} == {"lookup": 3, "recall": 1}
     assert "| recall" in capsys.readouterr().out
+
+
+@pytest.fixture
+def job(tmp_path):
+    return chains.Job(tmp_path, "base", "index", 3, None)
+
+
+def test_share_of_questions_that_training_has_seen(job):
+    for part, asked in (("train", "abc"), ("eval", "bxyz")):
+        rows = [{"id": q, "question": q, "answer": "1"} for q in asked]
+        write_jsonl(job.folder / f"{part}.questions.jsonl", rows)
+    assert reproduce.seen_share(job) == 0.25
+
+
+def test_hard_sums_are_told_by_other_samples_than_those_that_are_measured(job, monkeypatch):
+    class Sampled(Exception):
+        pass
+
+    def sample(self, name, model, data, **flags):
+        raise Sampled(name, flags)
+
+    for part in ("sums", "sums-eval"):
+        (job.folder / f"{part}.questions.jsonl").touch()
+    monkeypatch.setattr(chains.Job, "sample", sample)
+    with pytest.raises(Sampled) as first:
+        chains.autotool(job)
+    name, flags = first.value.args
+    assert name == "sums-probe" and flags["mode"] == "no_think" and flags["seed"] != EVAL_SEED + job.seed
 
 
 def test_combine_takes_means_and_sample_deviations():
