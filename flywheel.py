@@ -28,9 +28,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import plan
-from common import RunArgs, arg, cli, require_positive, seed_of, start_run, table
-from conversation import (
+from bench import plan
+from bench.plan import PlanArgs
+from core.args import RunArgs, arg, cli, require_positive
+from core.conversation import (
     Draft,
     RolloutArgs,
     ToolBox,
@@ -41,17 +42,17 @@ from conversation import (
     to_trajectory,
     turn_text,
 )
-from critics import CRITICS, CriticName
+from core.model import ModelArgs
+from core.parse import parse_calls
+from core.run import seed_of, start_run, table
+from core.trajectory import DataError, Trajectory, read_jsonl, save_trajectories
 from data.questions import Question, load_questions
 from eval.behaviour import CORRECT
 from eval.grader import score
-from model import ModelArgs
-from operators import OPERATORS, OperatorName
-from plan import PlanArgs
+from methods.critics import CRITICS, CriticName
+from methods.operators import OPERATORS, OperatorName
+from methods.selection import SELECTORS, pareto_select  # noqa: F401  part of the flywheel's interface
 from rollout import collect_results, complete, drop_torn_line, eos_ids, load_sampler, submit_calls
-from selection import SELECTORS, pareto_select  # noqa: F401  part of the flywheel's interface
-from tools.parse import parse_calls
-from trajectory import DataError, Trajectory, read_jsonl, save_trajectories
 
 COUNTS = ("asked", "none", "malformed", "rejected", "duplicate", "added", "correct")
 
@@ -128,7 +129,7 @@ def main(args: Args) -> dict:
 
 
 def dry_run(args: Args) -> dict:
-    """The plan of this run (plan.py), without the critic's own passes; loads no weights and writes nothing."""
+    """The plan of this run (bench/plan.py), without the critic's own passes; loads no weights and writes nothing."""
     questions, prompt, checked = plan.check_questions(args)
     most = args.num_generations + 3 * args.rounds if args.per_round == "best" else args.max_per_question
     work = {"data": checked, "trajectories per question, at most": most}

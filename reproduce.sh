@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up .venv and run the main job. Flags go to reproduce.py: ./reproduce.sh --quick, ./reproduce.sh --seeds 5
+# Set up .venv and run the main job. Flags go to experiments/reproduce.py: ./reproduce.sh --quick, ./reproduce.sh --seeds 5
 set -euo pipefail
 cd "$(dirname "$0")"
 source setup.sh
-echo "== reproduce.py $*"
-exec .venv/bin/python reproduce.py "$@"
+echo "== experiments/reproduce.py $*"
+exec .venv/bin/python experiments/reproduce.py "$@"

@@ -9,7 +9,7 @@
 
 Nothing that was sampled is decoded and tokenised again. A draft's randomness is a pure function of (run seed, step,
 question id, sample index, position), so a resumed run needs no replay. Every turn prefills its whole context again:
-the readable reference. `--engine fast` (engine.py) does the same work on a cache that lives across turns.
+the readable reference. `--engine fast` (engines/fast.py) does the same work on a cache that lives across turns.
 """
 
 import json
@@ -37,9 +37,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from branching import OPENING, Tree, entropy_share, grow, note_segment, plant
-from common import arg, cli, other_setting, require_positive, write_text
-from conversation import (
+from core.args import arg, cli, require_positive
+from core.conversation import (
     Draft,
     RolloutArgs,
     ToolBox,
@@ -52,10 +51,12 @@ from conversation import (
     run_call,
     to_trajectory,
 )
+from core.model import ModelArgs, causal_lm, device, load_policy, sampling_mode
+from core.parse import STOPS
+from core.run import other_setting, write_text
+from core.trajectory import DataError, ToolCall, Trajectory, load_trajectories, save_trajectories
 from data.questions import Question, load_questions
-from model import ModelArgs, causal_lm, device, load_policy, sampling_mode
-from tools.parse import STOPS
-from trajectory import DataError, ToolCall, Trajectory, load_trajectories, save_trajectories
+from engines.branching import OPENING, Tree, entropy_share, grow, note_segment, plant
 
 # ---------------------------------------------------------------------------------------------------- sampling
 
@@ -133,7 +134,7 @@ class GumbelSampling(LogitsProcessor):
 
 
 class OpeningEntropy(LogitsProcessor):
-    """Keeps the entropies of the first steps of every row (see branching.py); changes no score."""
+    """Keeps the entropies of the first steps of every row (see engines/branching.py); changes no score."""
 
     def __init__(self):
         self.steps: list[Tensor] = []  # (B,) each
@@ -276,7 +277,7 @@ def complete_trees(
     toolbox: ToolBox,
     run: tuple,
 ) -> None:
-    """Sample the drafts of the trees (see branching.py) and those that the trees grow meanwhile."""
+    """Sample the drafts of the trees (see engines/branching.py) and those that the trees grow meanwhile."""
     drafts = [d for tree in trees for d in tree.drafts]
     complete(model, tokenizer, drafts, args, toolbox, lambda: [d for t in trees for d in grow(t, tokenizer, args, run)])
 
@@ -289,20 +290,20 @@ def complete(
     toolbox: ToolBox,
     more: Callable[[], list[Draft]] = list,
 ) -> None:
-    """Sample every draft to its end, by `--engine`: engine.py, engine_openai.py, or here turn by turn in batches.
+    """Sample every draft to its end, by `--engine`: engines/fast.py, engines/openai.py, or here turn by turn in batches.
 
     The batches take turns in a fixed order, so the tool calls of one run while the next one generates.
     more: asked after every turn for drafts that start now (branching).
     """
     if args.engine == "fast":
-        import engine  # here, because engine.py builds on this module
+        from engines import fast  # here, because engines/fast.py builds on this module
 
-        engine.complete(model, tokenizer, drafts, args, toolbox, more)
+        fast.complete(model, tokenizer, drafts, args, toolbox, more)
         return
     if args.engine == "openai":
-        import engine_openai  # for the same reason
+        from engines import openai  # for the same reason
 
-        engine_openai.complete(model, tokenizer, drafts, args, toolbox)
+        openai.complete(model, tokenizer, drafts, args, toolbox)
         return
     eos, size = set(eos_ids(model, tokenizer)), args.rollout_batch_size
     with sampling_mode(model), ThreadPoolExecutor(args.tool_workers) as pool:
@@ -325,9 +326,9 @@ def complete(
 def load_sampler(args: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     """(policy on its device, or the server of `--engine openai`; tokenizer): what `complete` samples from."""
     if args.engine == "openai":
-        import engine_openai
+        from engines import openai
 
-        return engine_openai.connect(args)
+        return openai.connect(args)
     model, tokenizer = load_policy(args, trainable=False)
     return model.to(device()), tokenizer
 

@@ -24,32 +24,13 @@ from typing import Literal
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import distributed
-import plan
-from branching import tokens_saved
-from checkpoint import resume, save_checkpoint
-from common import Run, RunArgs, arg, cli, require_positive, shuffled, start_run
-from conversation import NO_THINK, RolloutArgs, check_index, check_prompts, encode, open_tools
-from data.questions import load_questions
-from data.world import EASY_TERMS
-from entropy import DeltaForm, Segment, mean_entropy
-from eval.behaviour import void_turns
-from eval.grader import score
-from invariants import check_trajectories, sampler_mismatch
-from losses import (
-    ADVANTAGES,
-    MIN_STD,
-    AdvantageName,
-    EntropyState,
-    LossType,
-    RegulariserName,
-    first_entropy_state,
-    next_entropy_state,
-    trajectory_betas,
-    with_targets,
-)
-from merged import merged_copy, refresh
-from model import (
+from bench import plan
+from bench.plan import PlanArgs
+from core import distributed
+from core.args import RunArgs, arg, cli, require_positive
+from core.checkpoint import resume, save_checkpoint
+from core.conversation import NO_THINK, RolloutArgs, check_index, check_prompts, encode, open_tools
+from core.model import (
     ModelArgs,
     OptimizerName,
     ScheduleName,
@@ -61,11 +42,31 @@ from model import (
     save_adapter,
     schedule,
 )
-from plan import PlanArgs
-from rewards import REWARDS, Indicator, RewardName
+from core.run import Run, shuffled, start_run
+from core.segments import DeltaForm, Segment, mean_entropy
+from core.trajectory import DataError, Trajectory, groups_of
+from data.questions import load_questions
+from data.world.facts import EASY_TERMS
+from engines.branching import tokens_saved
+from engines.merged import merged_copy, refresh
+from eval.behaviour import void_turns
+from eval.grader import score
+from grpo.advantages import (
+    ADVANTAGES,
+    MIN_STD,
+    AdvantageName,
+    EntropyState,
+    LossType,
+    RegulariserName,
+    first_entropy_state,
+    next_entropy_state,
+    trajectory_betas,
+    with_targets,
+)
+from grpo.checks import check_trajectories, sampler_mismatch
+from grpo.rewards import REWARDS, Indicator, RewardName
+from grpo.update import micro_batches, reward_spread, update
 from rollout import rollout
-from trajectory import DataError, Trajectory, groups_of
-from update import micro_batches, reward_spread, update
 
 ENTROPY_REWARDS = ("entropy_sparse", "entropy_dense")
 METHOD_FLAGS = (  # flag, the flag that decides whether it has an effect, with which of its values
@@ -355,7 +356,7 @@ def check_enough(questions: int, args: Args) -> None:
 
 
 def dry_run(args: Args) -> dict:
-    """The plan of this run (plan.py); loads no weights and writes nothing."""
+    """The plan of this run (bench/plan.py); loads no weights and writes nothing."""
     questions, prompt, checked = plan.check_questions(args)
     if questions:
         check_enough(questions, args)

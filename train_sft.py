@@ -20,14 +20,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import distributed
-import memory
-import plan
-from checkpoint import resume, save_checkpoint
-from common import RunArgs, arg, cli, require_positive, shuffled, start_run
-from conversation import Draft, RolloutArgs, dialect_of, encode, render_prompt, result_text, to_trajectory
-from data.questions import Question, check_parts, question_of
-from model import (
+from bench import memory, plan
+from bench.plan import PlanArgs
+from core import distributed
+from core.args import RunArgs, arg, cli, require_positive
+from core.checkpoint import resume, save_checkpoint
+from core.conversation import Draft, RolloutArgs, dialect_of, encode, render_prompt, result_text, to_trajectory
+from core.model import (
     ModelArgs,
     OptimizerName,
     ScheduleName,
@@ -41,8 +40,9 @@ from model import (
     schedule,
     token_stats,
 )
-from plan import PlanArgs
-from trajectory import DataError, Trajectory, read_jsonl
+from core.run import shuffled, start_run
+from core.trajectory import DataError, Trajectory, read_jsonl
+from data.questions import Question, check_parts, question_of
 
 
 @dataclass
@@ -160,7 +160,7 @@ def train(args: Args) -> dict:
 
 
 def dry_run(args: Args) -> dict:
-    """The plan of this run (plan.py); loads no weights and writes nothing."""
+    """The plan of this run (bench/plan.py); loads no weights and writes nothing."""
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     tokenizer = plan.local_tokenizer(args.model_name_or_path)
     work = {"data": f"{args.data} is not here, or no tokenizer: not checked", "examples per step": per_step}

@@ -22,10 +22,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import arg, cli, write_text
+from core.args import arg, cli
+from core.run import write_text
+from core.trajectory import DataError, write_jsonl
 from data.questions import read_rows
-from tools.python import PythonSandbox
-from trajectory import DataError, write_jsonl
+from tools.sandbox import PythonSandbox
 
 ANNOTATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 SHOWN = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"  # the value as the sentence repeats it after the annotation

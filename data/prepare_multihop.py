@@ -22,10 +22,11 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from common import arg, cli, require_positive, shuffled, write_text
+from core.args import arg, cli, require_positive
+from core.run import shuffled, write_text
+from core.trajectory import DataError, write_jsonl
 from data.questions import read_rows
 from tools.search import SearchIndex, read_passages, render
-from trajectory import DataError, write_jsonl
 
 
 @dataclass

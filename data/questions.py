@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from trajectory import DataError, Task, read_jsonl
+from core.trajectory import DataError, Task, read_jsonl
 
 ID_KEYS = ("id", "qid", "question_id")
 QUESTION_KEYS = ("question", "problem", "instruction")

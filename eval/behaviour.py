@@ -4,7 +4,7 @@ Exact in the calibration world, where a question says how many calls it needs (`
 what can be read off the text: repeated calls, and results of which nothing is used later. Functions take trajectories
 and the correctness of each; `python -m eval.behaviour T.jsonl [--output DIR]` prints the rates of a trajectory file and
 the preliminary analyses of ET-Agent sec. 3 (PAPERS A6): failed calls, and the spread of calls among correct answers.
-With `--entropy` it makes the pilot analysis of entropy reduction instead (eval/entropy_pilot.py).
+With `--entropy` it makes the pilot analysis of entropy reduction instead (experiments/entropy_pilot.py).
 """
 
 import argparse
@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
-from data.world_noise import fact_of, fits
+from core.parse import parse_calls, spans_of
+from core.trajectory import UNCLOSED, DataError, ToolCall, Trajectory, load_trajectories
+from data.world.noise import fact_of, fits
 from eval.metrics import normalise_answer
-from tools.parse import parse_calls, spans_of
-from trajectory import UNCLOSED, DataError, ToolCall, Trajectory, load_trajectories
 
 CORRECT = 0.8  # a trajectory is correct above this (QA F1 as in the released flywheel; math and functions are 0 or 1)
 TAG = re.compile(r"<[/|]?\w+\|?>")  # <think>, </answer>, <|im_end|>
@@ -68,7 +68,7 @@ def unused_calls(trajectory: Trajectory) -> list[int]:
 
 def needed_calls(trajectory: Trajectory) -> int | None:
     """Calls that this trajectory needed (world; else None): `min_tool_calls`, which says what is needed if every search
-    finds its passage, and each reworded search after a passage that did not fit (data/world_noise.py)."""
+    finds its passage, and each reworded search after a passage that did not fit (data/world/noise.py)."""
     need = trajectory.meta.get("min_tool_calls")
     return need and need + len(_rewordings(trajectory)[0])
 
@@ -267,13 +267,13 @@ def main(argv: list[str] | None = None) -> None:
         if not trajectories:
             raise DataError(f"{args.trajectories}: holds no trajectories")
         if args.entropy:
-            from eval.entropy_pilot import pilot  # here, because it builds on this module
+            from experiments.entropy_pilot import pilot  # here, because it builds on this module
 
             print(pilot(trajectories, args))
             return
     except DataError as e:
         parser.error(str(e))
-    from common import table, write_text
+    from core.run import table, write_text
 
     result = report(trajectories)
     columns = list(result["rates"]["all"])

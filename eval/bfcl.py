@@ -8,7 +8,7 @@ Leaves out the executed and multi-turn categories.
 import re
 from typing import Any
 
-from trajectory import ToolCall
+from core.trajectory import ToolCall
 
 PYTHON_TYPES = {
     "string": str,

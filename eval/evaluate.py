@@ -15,11 +15,12 @@ from statistics import fmean
 from tqdm import tqdm
 
 import rollout
-from common import arg, cli, flags_of, table, write_text
+from core.args import arg, cli, flags_of
+from core.run import table, write_text
+from core.trajectory import DataError, Trajectory, load_trajectories
 from eval.behaviour import needed_calls, rates
 from eval.grader import score
 from eval.metrics import acu, efficiency, exact_match, extract_answer, f1_et, reasoning_length, successful_execution
-from trajectory import DataError, Trajectory, load_trajectories
 
 COLUMNS = (
     "n", "correctness", "efficiency", "conciseness", "successful_execution", "reasoning_length", "calls", "redundant",

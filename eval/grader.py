@@ -1,9 +1,9 @@
 """Correctness S of a whole trajectory, shared by the rewards of train_rl.py, flywheel.py and eval/evaluate.py."""
 
+from core.parse import parse_calls, well_formed
+from core.trajectory import Trajectory
 from eval.bfcl import calls_match
 from eval.metrics import extract_answer, f1, math_equal
-from tools.parse import parse_calls, well_formed
-from trajectory import Trajectory
 
 
 def correctness(trajectory: Trajectory) -> float:

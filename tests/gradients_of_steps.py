@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import distributed
 import train_rl
-import update
-from model import load_policy
-from trajectory import load_trajectories
+from core import distributed
+from core.model import load_policy
+from core.trajectory import load_trajectories
+from grpo import update
 
 
 class NoStep(torch.optim.SGD):

@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny_models import ScriptedModel, byte_tokenizer
 
-import operators
-from conversation import RolloutArgs
+from core.conversation import RolloutArgs
+from core.model import ModelArgs, load_policy
+from core.trajectory import DataError, load_trajectories, save_trajectories
 from data.questions import Question
-from eval import action_space, insufficiency
-from model import ModelArgs, load_policy
+from experiments import action_space, insufficiency
+from methods import operators
 from rollout import rollout
-from tools.python import ToolResult
-from trajectory import DataError, load_trajectories, save_trajectories
+from tools.sandbox import ToolResult
 
 TOKENIZER = byte_tokenizer()
 TOOLBOX = {"search": lambda query: ToolResult("ann", True, None, 0.0)}

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from core.parse import parse_calls, spans_of
+from core.trajectory import Trajectory, load_trajectories, save_trajectories
 from eval.behaviour import (
     call_spread,
     duplicate_calls,
@@ -20,8 +22,6 @@ from eval.behaviour import (
     void_turns,
 )
 from eval.grader import correctness
-from tools.parse import parse_calls, spans_of
-from trajectory import Trajectory, load_trajectories, save_trajectories
 
 
 def make(text, failed=(), question="How old is the bridge?", task="qa", gold="x", qid="q", idx=0, finish="eos", **meta):

@@ -12,12 +12,11 @@ import torch
 from tiny_models import save_tiny_model
 from transformers import Qwen2Config
 
-import memory
-from eval import benchmark_rollout
-from eval import benchmark_step as b
-from eval.random_model import random_base, shape_config
-from model import ModelArgs, load_base, packed, with_adapter
-from trajectory import DataError
+from bench import memory, rollout
+from bench import step as b
+from bench.random_model import random_base, shape_config
+from core.model import ModelArgs, load_base, packed, with_adapter
+from core.trajectory import DataError
 
 SMALL = Qwen2Config(
     vocab_size=160, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -166,16 +165,16 @@ def test_the_table_has_a_line_for_each_library(tmp_path, monkeypatch):
 def test_the_rollout_benchmark_takes_a_shape(tmp_path):
     Qwen2Config(**(SMALL.to_dict() | {"vocab_size": 720})).save_pretrained(tmp_path / "m")
     flags = {"random_init": str(tmp_path / "m"), "loads": ["short"], "slots": [4], "turns": [1], "waves": 1.0}
-    args = benchmark_rollout.Args(output=str(tmp_path / "r"), repeats=1, threads=1, **flags)
+    args = rollout.Args(output=str(tmp_path / "r"), repeats=1, threads=1, **flags)
     threads = torch.get_num_threads()
-    hf, fast = benchmark_rollout.main(args)
+    hf, fast = rollout.main(args)
     torch.set_num_threads(threads)
     assert hf["sampled"] == fast["sampled"] > 0 and "LoRA r=16" in (tmp_path / "r.md").read_text()
     args.vocab = 730
     with pytest.raises(DataError, match="--vocab 730: .* has a vocabulary of 720"):
-        benchmark_rollout.main(args)
+        rollout.main(args)
     with pytest.raises(ValueError, match="--load_in_4bit needs --random_init"):
-        benchmark_rollout.Args(output="x", load_in_4bit=True)
+        rollout.Args(output="x", load_in_4bit=True)
 
 
 @pytest.mark.parametrize(

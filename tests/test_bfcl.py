@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from core.trajectory import ToolCall
 from eval.bfcl import calls_match
-from trajectory import ToolCall
 
 FILES = ("simple_python", "multiple", "parallel", "parallel_multiple", "live_simple")
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from tiny_models import ScriptedModel, byte_tokenizer
 
-import branching as b
-import conversation as c
-import engine as e
 import rollout as r
-from common import seed_of
+from core import conversation as c
+from core.model import ModelArgs, load_policy
+from core.run import seed_of
 from data.questions import Question
-from model import ModelArgs, load_policy
-from tools.python import ToolResult
+from engines import branching as b
+from engines import fast as e
+from tools.sandbox import ToolResult
 
 TOKENIZER = byte_tokenizer()
 CALL = "<think>so</think>\n<python>print(2)</python>"

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-import claims
-from claim_cells import Job, column, compact, curves, locked, measure, plan_cell, row_file, run_cell
-from claim_list import CLAIMS, VARIANTS, WORLDS, Claim
-from claim_report import calls_table, decide, difference, seeds_for_margin, variants_table, write_report
-from claims import cells_of, collect_rows, next_cell, run_missing
-from common import parse_args
+from core.args import parse_args
+from core.trajectory import DataError, ToolCall, Trajectory, read_jsonl
 from eval.intervals import Interval
-from experiment import EVAL_SEED, hard_ids
-from trajectory import DataError, ToolCall, Trajectory, read_jsonl
+from experiments import claims
+from experiments.claim_cells import Job, column, compact, curves, locked, measure, plan_cell, row_file, run_cell
+from experiments.claim_list import CLAIMS, VARIANTS, WORLDS, Claim
+from experiments.claim_report import calls_table, decide, difference, seeds_for_margin, variants_table, write_report
+from experiments.claims import cells_of, collect_rows, next_cell, run_missing
+from experiments.shared import EVAL_SEED, hard_ids
 
 COLUMNS = {"correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking"}
 CLAIM = Claim("here", "x", "calls", -1, 0.5, 0.01, (("rl_et", "rl_correct"),))
@@ -315,7 +315,7 @@ def kill_in_training(args, folders):
     """Start the real command with two workers and SIGKILL all of it once a run has logged its first step."""
     words = [w for n in claims.PASSED_ON for w in (f"--{n}", str(getattr(args, n)))]
     words += ["--only", *args.only, "--results", args.results, "--seeds", "1", "--workers", "2"]
-    process = subprocess.Popen([sys.executable, "claims.py", *words], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "experiments/claims.py", *words], start_new_session=True)
     limit = time.monotonic() + 300
     while not any((f / "metrics.jsonl").exists() for f in folders) and time.monotonic() < limit:
         assert process.poll() is None

@@ -8,13 +8,12 @@ from dataclasses import fields
 
 import pytest
 
-import curriculum
-import rewards
 import rollout
-import selection
 import train_rl
-from common import flags_of
-from trajectory import DataError, Trajectory
+from core.args import flags_of
+from core.trajectory import DataError, Trajectory
+from grpo import rewards
+from methods import curriculum, selection
 
 
 def by_ids(t):

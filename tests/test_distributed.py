@@ -1,4 +1,4 @@
-"""distributed.py under a real torchrun with two gloo processes: gradients, whole runs, a process that dies.
+"""core/distributed.py under a real torchrun with two gloo processes: gradients, whole runs, a process that dies.
 
 python -m pytest tests/test_distributed.py
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import distributed
 import rollout
 import train_rl
+from core import distributed
+from core.model import load_policy
+from core.trajectory import save_trajectories
 from data.questions import load_questions
-from model import load_policy
-from trajectory import save_trajectories
 
 ROOT = Path(__file__).parent.parent
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]

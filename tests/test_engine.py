@@ -16,17 +16,16 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import branching
-import conversation as c
-import engine as e
 import rollout as r
-import slot_cache
-from common import seed_of
+from bench import rollout
+from bench.rollout import scripted_noise
+from core import conversation as c
+from core.model import ModelArgs, load_policy
+from core.run import seed_of
 from data.questions import Question, load_questions
-from eval import benchmark_rollout
-from eval.benchmark_rollout import scripted_noise
-from model import ModelArgs, load_policy
-from tools.python import ToolResult
+from engines import branching, slot_cache
+from engines import fast as e
+from tools.sandbox import ToolResult
 
 ROOT = Path(__file__).parent.parent
 CALL = "<think>so</think>\n<python>print(2)</python>"
@@ -319,12 +318,12 @@ def test_a_model_with_other_attention_is_refused_and_left_as_it_was(real):
 
 
 def test_the_benchmark_compares_equal_work(tmp_path):
-    args = benchmark_rollout.Args(
+    args = rollout.Args(
         output=str(tmp_path / "b"), loads=["short"], slots=[16], turns=[1], waves=1.0, repeats=1, hidden=32, layers=1,
         heads=2, kv_heads=1, threads=1,
     )  # fmt: skip
     threads = torch.get_num_threads()
-    hf, fast = benchmark_rollout.main(args)
+    hf, fast = rollout.main(args)
     torch.set_num_threads(threads)
     assert hf["sampled"] == fast["sampled"] and hf["read"] == hf["contexts"] > fast["read"]
     assert fast["counts"]["sampled"] == fast["sampled"] and fast["counts"]["copied"] == 14 * 29
@@ -333,7 +332,7 @@ def test_the_benchmark_compares_equal_work(tmp_path):
 
 def test_the_benchmark_refuses_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="--engines vllm: not one of hf, fast"):
-        benchmark_rollout.Args(output="x", engines=["vllm"])
+        rollout.Args(output="x", engines=["vllm"])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""engine_openai.py, tools/client.py: a real HTTP server of the test speaks the protocol, with token ids and without.
+"""engines/openai.py, tools/client.py: a real HTTP server of the test speaks the protocol, with token ids and without.
 
 python -m pytest tests/test_engine_openai.py
 """
@@ -13,17 +13,17 @@ from types import SimpleNamespace
 import pytest
 from tiny_models import ScriptedModel, byte_tokenizer
 
-import engine_openai
 import eval.evaluate
 import flywheel
 import rollout
 import train_rl
-from conversation import RolloutArgs, start_draft
+from core.conversation import RolloutArgs, start_draft
+from core.parse import STOPS
+from core.trajectory import DataError, load_trajectories
 from data.questions import Question
+from engines import openai
 from tools.client import ServerError, request_json
-from tools.parse import STOPS
-from tools.python import ToolResult
-from trajectory import DataError, load_trajectories
+from tools.sandbox import ToolResult
 
 CALL = "<think>count</think><python>print(1 + 1)</python>"
 
@@ -139,7 +139,7 @@ def sampled(server, model_folder, questions=QUESTIONS, **flags):
     connecting = SimpleNamespace(
         model_name_or_path=str(model_folder), trust_remote_code=False, base_url=url, served_model_name="served"
     )
-    return rollout.rollout(*engine_openai.connect(connecting), questions, args, TOOLS, (0,))
+    return rollout.rollout(*openai.connect(connecting), questions, args, TOOLS, (0,))
 
 
 @pytest.fixture(scope="module")
@@ -185,19 +185,19 @@ def test_requests_hold_every_parameter(tiny_model, monkeypatch):
 def test_ids_that_their_text_does_not_give_back_are_sent_as_ids(tiny_model):
     tokenizer = byte_tokenizer()
     args = RolloutArgs(engine="openai", base_url="http://x")
-    server = engine_openai.Server("http://x", "m", None)
+    server = openai.Server("http://x", "m", None)
     d = start_draft(QUESTIONS[0], 0, tokenizer, args, (0,))
-    assert isinstance(engine_openai.request_of(d, server, tokenizer, args)["prompt"], str)
+    assert isinstance(openai.request_of(d, server, tokenizer, args)["prompt"], str)
     eos = tokenizer.eos_token_id
     d.append("model", tokenizer("<|im_")["input_ids"] + tokenizer("end|>")["input_ids"], "<|im_end|>")  # spelled out
-    assert engine_openai.request_of(d, server, tokenizer, args)["prompt"] == d.ids
+    assert openai.request_of(d, server, tokenizer, args)["prompt"] == d.ids
     assert eos not in d.ids[d.prompt_len :]
     d.sampled = False
-    assert isinstance(engine_openai.request_of(d, server, tokenizer, args)["prompt"], str)
+    assert isinstance(openai.request_of(d, server, tokenizer, args)["prompt"], str)
 
 
 def test_what_ended_a_turn(tiny_model):
-    ended = engine_openai.swallowed
+    ended = openai.swallowed
     for reply, text, missing in [
         ({"stop_reason": "</search>"}, "<search>x", "</search>"),
         ({"matched_stop": "</answer>"}, "<search>x</search> <answer>y", "</answer>"),

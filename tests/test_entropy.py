@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-import rewards
-from entropy import call_turns, entropy_changes, mean_entropy, reducing, segment_entropies, turns_of
+from core.segments import call_turns, entropy_changes, mean_entropy, reducing, segment_entropies, turns_of
+from core.trajectory import UNCLOSED, Span, ToolCall, Trajectory
 from eval.behaviour import call_labels
-from losses import ADVANTAGES
-from trajectory import UNCLOSED, Span, ToolCall, Trajectory
+from grpo import rewards
+from grpo.advantages import ADVANTAGES
 
 FLAGS = SimpleNamespace(
     indicator="entropy", segment="reasoning", delta_margin=0.0, delta_form="difference", dense_alpha=0.5

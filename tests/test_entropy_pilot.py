@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_entropy import lay_out, search
 
+from core.model import ModelArgs, load_policy
+from core.trajectory import save_trajectories
 from eval import behaviour
-from eval.entropy_pilot import Call, analyse, auc, calls_of, correlation, fill_entropies, summary, with_interval
-from model import ModelArgs, load_policy
-from trajectory import save_trajectories
+from experiments.entropy_pilot import Call, analyse, auc, calls_of, correlation, fill_entropies, summary, with_interval
 
 
 def test_auc_equals_the_count_of_pairs():

@@ -7,12 +7,11 @@ import json
 
 import pytest
 
-import chains
-import reproduce
+from core.trajectory import Span, ToolCall, Trajectory, save_trajectories, write_jsonl
 from eval import evaluate as e
-from eval.report import write_report
-from experiment import EVAL_SEED
-from trajectory import Span, ToolCall, Trajectory, save_trajectories, write_jsonl
+from experiments import chains, reproduce
+from experiments.report import write_report
+from experiments.shared import EVAL_SEED
 
 
 def trajectory(i, answer, calls, need, tokens, finish="eos", family="lookup"):

@@ -24,17 +24,15 @@ from hypothesis import strategies as st
 from tiny_models import ScriptedModel, byte_tokenizer
 from tqdm import tqdm
 
-import conversation
-import critics
 import flywheel
-import operators
-import selection
 import train_sft
+from core import conversation
+from core.parse import well_formed
+from core.trajectory import DataError, load_trajectories
 from data.questions import Question, load_questions, question_of
+from methods import critics, operators, selection
 from rollout import rollout
-from tools.parse import well_formed
-from tools.python import ToolResult
-from trajectory import DataError, load_trajectories
+from tools.sandbox import ToolResult
 
 FIRST = "<think>maybe ann, look up</think>\n<search>author of x</search>"
 AGAIN = "<think>so ann, once more</think>\n<search>author of x</search>"

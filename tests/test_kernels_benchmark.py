@@ -8,15 +8,15 @@ import json
 import pytest
 import torch
 
-from kernels import benchmark
-from kernels.baselines import BASELINES
-from kernels.cases import LIMITS, make_case, make_head
+from bench import kernels
+from bench.baselines import BASELINES
+from bench.cases import LIMITS, make_case, make_head
 
 VARIANTS = ("--chunks", "16", "--triton_gemm", "64,16,2")
 
 
 def run(tmp_path, *flags):
-    return benchmark.main(["--output", str(tmp_path / "out"), "--shapes", "40,16,257", "--repeats", "2", *flags])
+    return kernels.main(["--output", str(tmp_path / "out"), "--shapes", "40,16,257", "--repeats", "2", *flags])
 
 
 def test_smoke_writes_table_and_json(tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_a_failed_check_times_nothing(tmp_path, monkeypatch, capsys):
 
 def test_a_bad_shape_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        benchmark.main(["--output", str(tmp_path), "--shapes", "40,16"])
+        kernels.main(["--output", str(tmp_path), "--shapes", "40,16"])
     assert stop.value.code == 2 and "--shapes: 40,16 is not N,H,V" in capsys.readouterr().err
 
 
@@ -83,7 +83,7 @@ def test_lines_of_one_operation_compute_the_same(trained):
     ):
         if trained < 1 and operation != "policy_loss":
             continue
-        ours = benchmark.OURS[operation](case)()[0].float()
+        ours = kernels.OURS[operation](case)()[0].float()
         for name in names:
             build, wrap, _ = BASELINES[operation][name]
             out = wrap(build())(case)()

@@ -6,7 +6,7 @@ Run: pytest tests/test_kernels_gemm.py
 import pytest
 import torch
 
-from kernels.gemm_stats import run_head_fused
+from bench.gemm_stats import run_head_fused
 from kernels.linear_logprob_entropy import linear_logprob_entropy_reference
 
 pytestmark = [

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from bench.gemm_stats import TILE, run_head_fused
+from bench.kernels import correctness
 from kernels import linear_logprob_entropy, linear_policy_loss, logprob_entropy
-from kernels.benchmark import correctness
-from kernels.gemm_stats import TILE, run_head_fused
 from kernels.linear_logprob_entropy import linear_logprob_entropy_reference, run_head
 from kernels.logprob_entropy import BLOCK, logprob_entropy_reference
 from kernels.policy_loss import linear_policy_loss_reference

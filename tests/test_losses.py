@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from losses import (
+from grpo.advantages import (
     ADVANTAGES,
     ENTROPY_REGULARISERS,
     AdvantageName,

@@ -1,4 +1,4 @@
-"""merged.py: the sampling copy computes what the policy computes, also from a 4-bit base, and follows its updates.
+"""engines/merged.py: the sampling copy computes what the policy computes, also from a 4-bit base, and follows its updates.
 
 python -m pytest tests/test_merged.py
 """
@@ -6,8 +6,8 @@ python -m pytest tests/test_merged.py
 import pytest
 import torch
 
-from merged import merged_copy, refresh
-from model import ModelArgs, load_policy
+from core.model import ModelArgs, load_policy
+from engines.merged import merged_copy, refresh
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 8]])
 

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import save_tiny_model
 
-import model as m
-from trajectory import DataError, Trajectory
+from core import model as m
+from core.trajectory import DataError, Trajectory
 
 
 def trajectory(ids, mask, prompt_len=1):

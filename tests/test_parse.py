@@ -1,4 +1,4 @@
-"""tools/parse.py: tables of calls, errors and formats; fuzzing, also with mutations of real trajectories.
+"""core/parse.py: tables of calls, errors and formats; fuzzing, also with mutations of real trajectories.
 
 TARE_DATA=... python -m pytest tests/test_parse.py
 """
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.parse import (
+from core.parse import (
     STOPS,
     escape_result,
     format_error,
@@ -25,7 +25,7 @@ from tools.parse import (
     spans_of,
     well_formed,
 )
-from trajectory import UNCLOSED, ToolCall
+from core.trajectory import UNCLOSED, ToolCall
 
 GOOD = (
     "<think>a</think> <search> q </search> <result>\nr\n</result> <python>print(1)</python> <result>\n1\n</result> "

@@ -14,16 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, Qwen3Config
 
-import common
 import flywheel
 import kernels
-import memory
-import plan
 import train_rl
 import train_sft
-from model import Batch, adamw, enable_checkpointing, head_weight, hidden_of_targets
-from slot_cache import SlotCache
-from trajectory import DataError
+from bench import memory, plan
+from core import run
+from core.model import Batch, adamw, enable_checkpointing, head_weight, hidden_of_targets
+from core.trajectory import DataError
+from engines.slot_cache import SlotCache
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "data" / "tiny")
@@ -345,7 +344,7 @@ def test_the_flag_ends_in_exit_code_2(monkeypatch, capsys):
     )
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *words.split()])
     with pytest.raises(SystemExit) as end:
-        common.cli(train_sft.main, train_sft.Args)
+        run.cli(train_sft.main, train_sft.Args)
     assert end.value.code == 2 and "flags that help" in capsys.readouterr().err
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from core.parse import parse_calls, render_result, well_formed
+from core.trajectory import DataError
 from data import prepare_gsm8k, prepare_multihop
 from data.questions import load_questions
-from tools.parse import parse_calls, render_result, well_formed
 from tools.search import SearchIndex, render
-from trajectory import DataError
 
 
 def data(*parts):

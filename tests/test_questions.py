@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from core.trajectory import DataError, ToolCall
 from data.questions import load_questions, question_of
 from eval.bfcl import calls_match
-from trajectory import DataError, ToolCall
 
 
 def write(path, rows):

@@ -16,13 +16,13 @@ SMALL = {  # script -> flags behind those of the README; the last one given coun
     "data.world": "",
     "flywheel.py": "--limit 8",
     "train_sft.py": "--max_steps 2",
-    "curriculum.py": "--limit 24 --num_questions 8 --questions_per_step 4 --max_steps 1 --rounds 1",
+    "methods/curriculum.py": "--limit 24 --num_questions 8 --questions_per_step 4 --max_steps 1 --rounds 1",
     "eval.evaluate": "--limit 8",
     "eval.behaviour": "",
-    "warmup.py": "--limit 24",
+    "methods/warmup.py": "--limit 24",
     "train_rl.py": "--max_steps 1 --questions_per_step 4",
     "rollout.py": "--limit 24",
-    "refine.py": "--num_questions 4",
+    "methods/refine.py": "--num_questions 4",
 }
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import memory
-import plan
+from bench import memory, plan
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*_7b.sh"))
@@ -40,11 +39,11 @@ def test_dry_run_reads_every_flag_and_fits_24_gb(recipe, tmp_path, monkeypatch, 
     decoder = memory.decoder_of(memory.read_config("Qwen/Qwen2.5-7B-Instruct"))
     monkeypatch.setattr(plan, "decoder_of", lambda config: decoder)  # counted once
     for command in commands:
-        assert command[:3] == ["plan.py", "--gb", "24"], command
+        assert command[:3] == ["bench/plan.py", "--gb", "24"], command
         monkeypatch.setattr(sys, "argv", command)
         plan.plan_command(command[1:])
     out = capsys.readouterr().out
-    assert len(re.findall("24 GB [|] (fits|tight)", out)) == len(commands) - ("refine.py" in str(commands))
+    assert len(re.findall("24 GB [|] (fits|tight)", out)) == len(commands) - ("methods/refine.py" in str(commands))
     assert "Qwen/Qwen2.5-7B-Instruct, bfloat16, Linears in 4-bit NF4" in out and "not checked" in out
 
 

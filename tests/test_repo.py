@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import common
+from core import run
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train_sft", "train_rl", "flywheel", "warmup", "refine", "reproduce"}
@@ -118,7 +118,7 @@ COMMANDS = (
 def test_every_flag_has_its_help(module, capsys):
     cls = importlib.import_module(module).Args
     with pytest.raises(SystemExit) as exit_:
-        common.parse_args(cls, ["--help"])
+        run.parse_args(cls, ["--help"])
     assert exit_.value.code == 0 and "--output" in capsys.readouterr().out
     assert all(f.metadata.get("help") for f in fields(cls))
 

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from rewards import REWARDS, RewardName, autotool, et_agent
+from grpo.rewards import REWARDS, RewardName, autotool, et_agent
 
 
 def test_names_and_table_agree():

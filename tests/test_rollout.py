@@ -16,12 +16,12 @@ from tiny_models import ScriptedModel, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-import conversation as c
 import rollout as r
+from core import conversation as c
+from core.model import ModelArgs, load_policy
+from core.trajectory import DataError, ToolCall, load_trajectories
 from data.questions import Question
-from model import ModelArgs, load_policy
-from tools.python import ToolResult
-from trajectory import DataError, ToolCall, load_trajectories
+from tools.sandbox import ToolResult
 
 CALL = "<think>so</think>\n<python>print(2)</python>"
 ANSWER = "\n<think>fine</think>\n<answer>\\boxed{2}</answer>"

@@ -1,4 +1,4 @@
-"""tools/python.py for honest code: what a call shows, errors, determinism, many threads, load.
+"""tools/sandbox.py for honest code: what a call shows, errors, determinism, many threads, load.
 
 python -m pytest tests/test_sandbox.py            (-m slow -s: the load tests of results/sandbox.md, minutes)
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import tools.python
-from tools.python import LEVELS, PythonSandbox, ToolResult, WorkerError
+import tools.sandbox
+from tools.sandbox import LEVELS, PythonSandbox, ToolResult, WorkerError
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def test_workers_end_with_their_trainer():
     program = """
 import os, signal, threading, time
 import tools.python
-tools.python.PRELOADED = ()
-sandbox = tools.python.PythonSandbox(60, workers=1)
+tools.sandbox.PRELOADED = ()
+sandbox = tools.sandbox.PythonSandbox(60, workers=1)
 print(*[worker._process.pid for worker in sandbox._idle.queue], flush=True)
 threading.Thread(target=sandbox.run, args=("while True: pass",)).start()
 time.sleep(0.5)
@@ -204,7 +204,7 @@ def test_bad_arguments_are_refused():
 
 def test_without_bubblewrap_the_next_level_is_chosen(monkeypatch):
     monkeypatch.setattr(tools.python, "PRELOADED", ())
-    monkeypatch.setattr(tools.python.shutil, "which", lambda name: None)
+    monkeypatch.setattr(tools.sandbox.shutil, "which", lambda name: None)
     with pytest.raises(WorkerError, match="no program bwrap"):
         PythonSandbox(workers=1, isolation="bubblewrap")
     with PythonSandbox(workers=1) as sandbox:
@@ -274,7 +274,7 @@ def test_ten_thousand_mixed_calls(level, hostile):
 @pytest.mark.parametrize("level", LEVELS)
 def test_calls_per_second_against_a_fresh_interpreter(level):
     """One after the other, short code: at least ten times the rate of an interpreter that imports the same."""
-    command = [sys.executable, "-c", f"import {', '.join(tools.python.PRELOADED)}\nprint(1 + 1)"]
+    command = [sys.executable, "-c", f"import {', '.join(tools.sandbox.PRELOADED)}\nprint(1 + 1)"]
     try:
         sandbox = PythonSandbox(workers=1, isolation=level)
     except WorkerError as e:

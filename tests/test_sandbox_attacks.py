@@ -1,4 +1,4 @@
-"""Attacks on tools/python.py on every isolation level; the outcomes are the table of results/sandbox.md.
+"""Attacks on tools/sandbox.py on every isolation level; the outcomes are the table of results/sandbox.md.
 
     python -m pytest tests/test_sandbox_attacks.py
 
@@ -19,8 +19,8 @@ from string import Template
 import pytest
 from sandbox_attacks import ATTACKS
 
-from tools.python import LEVELS, PythonSandbox, WorkerError
-from tools.sandbox_jail import landlock_works
+from tools.sandbox import LEVELS, PythonSandbox, WorkerError
+from tools.sandbox.jail import landlock_works
 
 TABLE = Path(__file__).parent.parent / "results" / "sandbox.md"
 TIMEOUT = 0.8

@@ -22,11 +22,11 @@ import pytest
 
 import tools.search
 import tools.serve_search
-from conversation import RolloutArgs, open_tools
-from tools.python import ToolResult
+from core.conversation import RolloutArgs, open_tools
+from core.trajectory import DataError
+from tools.sandbox import ToolResult
 from tools.search import SearchClient, SearchError, SearchIndex, normalise_passage, read_passages, render, run_search
 from tools.serve_search import SearchServer
-from trajectory import DataError
 
 PASSAGES = [
     {"id": "1", "title": "Cats", "text": "cats purr"},

@@ -20,24 +20,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer
 
-import common
-import rewards
 import rollout
 import train_rl
 import train_sft
-import update
+from core import run
+from core.model import add_reference, collate, hidden_of_targets, load_policy, packed, token_stats, use_reference
 from data.questions import load_questions
-from data.world_tokenizer import build_tokenizer
-from losses import token_weights
-from model import (
-    add_reference,
-    collate,
-    hidden_of_targets,
-    load_policy,
-    packed,
-    token_stats,
-    use_reference,
-)
+from data.world.tokenizer import build_tokenizer
+from grpo import rewards, update
+from grpo.advantages import token_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -356,9 +347,9 @@ def test_another_runs_checkpoint_goes_on(flags, sft_flags, tmp_path):
         ({"max_steps": 2}, "checkpoint-2 has done 2 steps of 2: nothing is left"),
         ({"learning_rate": 1e-5}, "goes on with its own --learning_rate 0.002, not 1e-05"),
     ):
-        with pytest.raises(common.DataError, match=message):
+        with pytest.raises(run.DataError, match=message):
             run_rl(flags, output_dir=str(tmp_path / "other"), resume_from_checkpoint=middle, **changes)
-    with pytest.raises(common.DataError, match="a checkpoint of another script, without 'losses'"):
+    with pytest.raises(run.DataError, match="a checkpoint of another script, without 'losses'"):
         train_sft.main(train_sft.Args(**sft_flags | {"resume_from_checkpoint": middle}))
 
 
@@ -446,12 +437,12 @@ def test_training_moves_the_policy_and_finished_runs_stay(flags, capsys):
     assert f"20 steps, the last with reward {result['reward']:.3f}" in capsys.readouterr().out
     assert run_rl(flags, learning_rate=0.02, max_steps=20) == result
     assert "finished before" in capsys.readouterr().out
-    with pytest.raises(common.DataError, match="holds a run with --learning_rate 0.02, not 0.01"):
+    with pytest.raises(run.DataError, match="holds a run with --learning_rate 0.02, not 0.01"):
         run_rl(flags, learning_rate=0.01, max_steps=20)
 
 
 def test_a_start_that_computed_nothing_does_not_hold_the_folder(flags):
-    with pytest.raises(common.DataError, match="nothere.jsonl: no such file"):
+    with pytest.raises(run.DataError, match="nothere.jsonl: no such file"):
         run_rl(flags, data="nothere.jsonl")
     assert run_rl(flags)["steps"] == 4  # with the right file it starts
 
@@ -460,21 +451,21 @@ def test_a_run_does_not_go_on_with_changed_data(flags):
     run_rl(flags)
     with open(flags["data"], "a") as out:
         out.write(json.dumps({"id": "new", "question": "1?", "answer": "1"}) + "\n")
-    with pytest.raises(common.DataError, match="q.jsonl has changed since the run in --output_dir .* was started"):
+    with pytest.raises(run.DataError, match="q.jsonl has changed since the run in --output_dir .* was started"):
         run_rl(flags)
 
 
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path):
     @dataclasses.dataclass
-    class Args(common.RunArgs):
+    class Args(run.RunArgs):
         workers: int = 1
         seeds: int = 1
 
-    run = common.start_run(Args(output_dir=str(tmp_path / "run"), workers=2))
+    run = run.start_run(Args(output_dir=str(tmp_path / "run"), workers=2))
     run.log(1, {})  # something was computed
-    common.start_run(Args(output_dir=str(tmp_path / "run"), workers=1))
-    with pytest.raises(common.DataError, match="holds a run with --seeds 1, not 2"):
-        common.start_run(Args(output_dir=str(tmp_path / "run"), seeds=2))
+    run.start_run(Args(output_dir=str(tmp_path / "run"), workers=1))
+    with pytest.raises(run.DataError, match="holds a run with --seeds 1, not 2"):
+        run.start_run(Args(output_dir=str(tmp_path / "run"), seeds=2))
 
 
 def command(script, flags):
@@ -595,7 +586,7 @@ def error_of(script, flags, monkeypatch, capsys):
     words = [w for name, value in flags.items() for w in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *words])
     with pytest.raises(SystemExit) as exit_:
-        common.cli(script.main, script.Args)
+        run.cli(script.main, script.Args)
     assert exit_.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len([line for line in lines if "error" in line]) == 1
@@ -676,14 +667,14 @@ def test_bad_data_is_named_before_any_training(flags, lines, message, monkeypatc
     ],
 )
 def test_chats_of_a_wrong_shape_are_named(row, message):
-    with pytest.raises(common.DataError, match=f"here: {message}"):
+    with pytest.raises(run.DataError, match=f"here: {message}"):
         train_sft.from_messages(row, None, "here")
 
 
 @pytest.mark.parametrize("response", ["x", ["x"], [{"role": "model"}]])
 def test_demonstrations_of_a_wrong_shape_are_named(response):
     row = {"id": "a", "question": "q", "answer": "1", "response": response}
-    with pytest.raises(common.DataError, match="here: field 'response' (is 'x', not a list|part 0 has no text)"):
+    with pytest.raises(run.DataError, match="here: field 'response' (is 'x', not a list|part 0 has no text)"):
         train_sft.from_demonstration(row, build_tokenizer(), "here")
 
 
@@ -696,7 +687,7 @@ def test_a_folder_with_other_files_is_not_taken(flags, monkeypatch, capsys):
 
 def test_config_file_gives_defaults(flags, tmp_path, monkeypatch):
     run_rl(flags, max_steps=1)
-    args = common.parse_args(
+    args = run.parse_args(
         train_rl.Args, ["--config", f"{flags['output_dir']}/config.json", "--seed", "3", "--output_dir", "x"]
     )
     assert args.seed == 3 and args.output_dir == "x" and args.lora_r == 4 and args.max_completion_length == 16
@@ -713,11 +704,11 @@ def test_a_fork_adds_a_reward_by_a_function_a_line_and_a_name(flags, tmp_path):
         if not name.startswith(("data/tiny", "results", "tests")) and (ROOT / name).is_file():
             (fork / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, fork / name)
-    text = (fork / "rewards.py").read_text()
+    text = (fork / "grpo/rewards.py").read_text()
     text = text.replace("RewardName = Literal[", 'RewardName = Literal["short", ')
     text = text.replace("REWARDS = {\n", 'REWARDS = {\n    "short": short,\n')
     function = "def short(group, correctness, formed, a):\n    return [{'total': float(t.sample_idx)} for t in group]\n"
-    (fork / "rewards.py").write_text(text.replace("\n# name -> (group", f"\n{function}\n\n# name -> (group"))
+    (fork / "grpo/rewards.py").write_text(text.replace("\n# name -> (group", f"\n{function}\n\n# name -> (group"))
     words = command("train_rl.py", flags | {"reward": "short", "max_steps": 2})
     words[1] = "train_rl.py"
     subprocess.run(words, check=True, cwd=fork, env=os.environ | {"PYTHONPATH": ""})
@@ -728,6 +719,6 @@ def test_a_fork_adds_a_reward_by_a_function_a_line_and_a_name(flags, tmp_path):
 def test_a_start_killed_between_its_two_files_starts_again(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "env.json").write_text("{}")
-    run = common.start_run(common.RunArgs(output_dir=str(tmp_path / "run"), threads=1))
+    run = run.start_run(run.RunArgs(output_dir=str(tmp_path / "run"), threads=1))
     assert run.finished is None and json.loads((tmp_path / "run" / "env.json").read_text())
     assert (tmp_path / "run" / "config.json").exists()

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from trajectory import (
+from core.trajectory import (
     UNCLOSED,
     DataError,
     Span,

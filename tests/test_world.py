@@ -13,15 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import pretrain, world_text
-from data.pretrain import collate, encode, exposure_plan, pack, step_text
-from data.world import FAMILIES, GRADED, LETTERS, RATES, STYLE, World, main, questions
-from data.world_text import MIX, NO_THINK, demonstrate
-from data.world_tokenizer import PIECES, build_tokenizer, vocabulary
-from tools.parse import parse_calls, well_formed
-from tools.python import PythonSandbox
+from core.parse import parse_calls, well_formed
+from core.trajectory import DataError, read_jsonl
+from data.world import pretrain, text
+from data.world.facts import FAMILIES, GRADED, LETTERS, RATES, STYLE, World, main, questions
+from data.world.pretrain import collate, encode, exposure_plan, pack, step_text
+from data.world.text import MIX, NO_THINK, demonstrate
+from data.world.tokenizer import PIECES, build_tokenizer, vocabulary
+from tools.sandbox import PythonSandbox
 from tools.search import SearchIndex, render
-from trajectory import DataError, read_jsonl
 
 WORLD = World()
 TOKENIZER = build_tokenizer()
@@ -136,7 +136,7 @@ def test_the_oracle_answers_every_question_with_the_needed_calls():
 def test_every_wording_of_a_query_finds_its_passage():
     index = SearchIndex.build(WORLD.passages(), progress=False)
     for fact in random.Random(0).sample(WORLD.facts["unknown"] + WORLD.facts["stale"], 200):
-        for query in world_text.QUERIES:
+        for query in text.QUERIES:
             found = render(index.search(query.format(r=fact.relation, s=fact.subject), 1))
             assert found == f"{fact.relation} of {fact.subject} is {fact.value}"
 
@@ -459,4 +459,4 @@ def greedy(model, tokenizer, row: dict, index: SearchIndex) -> tuple:
             found = render(index.search(call.arguments, 1))
         else:
             found = str(eval(call.arguments.removeprefix("print")))
-        text += found.join(world_text.RESULT)
+        text += found.join(text.RESULT)

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from core.trajectory import DataError, read_jsonl
 from tools.client import ServerError, request_json
-from tools.python import ToolResult
-from trajectory import DataError, read_jsonl
+from tools.sandbox import ToolResult
 
 PROTOCOLS = ("flashrag", "search_r1")
 NO_RESULTS = "no results"
