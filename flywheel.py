@@ -22,43 +22,32 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bench import plan
-from bench.plan import PlanArgs
 from core.args import RunArgs, arg, cli, require_positive
-from core.conversation import (
-    Draft,
-    RolloutArgs,
-    ToolBox,
-    check_index,
-    check_prompts,
-    open_tools,
-    start_draft,
-    to_trajectory,
-    turn_text,
-)
+from core.conversation import Draft, to_trajectory, turn_text
 from core.model import ModelArgs
 from core.parse import parse_calls
-from core.run import seed_of, start_run, table
-from core.trajectory import DataError, Trajectory, read_jsonl, save_trajectories
-from data.questions import Question, load_questions
+from core.run import drop_torn_line, seed_of, start_run, table
+from core.trajectory import DataError, Question, Trajectory, read_jsonl, save_trajectories
+from data.questions import load_questions
+from engines.toolbox import ToolBox, check_index, open_tools
+from engines.turns import check_prompts, collect_results, eos_ids, start_draft, submit_calls
 from eval.behaviour import CORRECT
-from eval.grader import score
-from methods.critics import CRITICS, CriticName
-from methods.operators import OPERATORS, OperatorName
-from methods.selection import SELECTORS, pareto_select  # noqa: F401  part of the flywheel's interface
-from rollout import collect_results, complete, drop_torn_line, eos_ids, load_sampler, submit_calls
+from eval.grader import grade
+from methods.critics import CRITICS
+from methods.operators import OPERATORS
+from rollout import RolloutArgs, complete, load_sampler
 
 COUNTS = ("asked", "none", "malformed", "rejected", "duplicate", "added", "correct")
 
 
 @dataclass
-class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
+class Args(RolloutArgs, ModelArgs, RunArgs):
     """Flags of a flywheel run; ET-Agent's values stand in the help."""
 
     data: str = arg("", "questions: jsonl, verl parquet or dataset id (required)")
@@ -73,7 +62,7 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     extra_calls: int = arg(4, "calls that trajectories of the rounds may make beyond the limits (ET-Agent: 4)")
     max_per_question: int = arg(64, "largest pool of a question (per_round all multiplies it by up to 4 per round)")
     # --- critic
-    critic: CriticName = arg("model", "who finds the steps to edit")
+    critic: Literal[tuple(CRITICS)] = arg("model", "who finds the steps to edit")
     critic_base_url: str = arg("", "critic model: an OpenAI-compatible endpoint instead of the policy itself")
     critic_model: str = arg("", "critic model: its name at the endpoint")
     critic_max_tokens: int = arg(1024, "critic model: longest answer in tokens")
@@ -91,7 +80,7 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
         if self.rounds < 0 or self.extra_calls < 0:
             raise ValueError(f"--rounds {self.rounds} and --extra_calls {self.extra_calls} must not be negative")
         if unknown := [name for name in self.operators if name not in OPERATORS]:
-            raise ValueError(f"--operators {unknown[0]!r} is not one of {get_args(OperatorName)}")
+            raise ValueError(f"--operators {unknown[0]!r} is not one of {tuple(OPERATORS)}")
         if self.mode != "auto":
             raise ValueError(f"--mode {self.mode}: an edit may replace the forced opening; the flywheel needs auto")
         if self.branching != "none":
@@ -108,13 +97,11 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
 
 def main(args: Args) -> dict:
     """Run the flywheel, write rft.jsonl and result.json, print the yield of every operator."""
-    if args.dry_run:
-        return dry_run(args)
     run = start_run(args, (args.data,))
     if run.finished:
         print(f"{args.output_dir}: finished before\n{summary(run.finished)}")
         return run.finished
-    check_index(args)
+    check_index(args.index)
     questions = load_questions(args.data, args.task, args.limit, args.split)
     model, tokenizer = load_sampler(args)
     check_prompts(questions, tokenizer, args, model)
@@ -126,16 +113,6 @@ def main(args: Args) -> dict:
     run.finish(result)
     print(summary(result))
     return result
-
-
-def dry_run(args: Args) -> dict:
-    """The plan of this run (bench/plan.py), without the critic's own passes; loads no weights and writes nothing."""
-    questions, prompt, checked = plan.check_questions(args)
-    most = args.num_generations + 3 * args.rounds if args.per_round == "best" else args.max_per_question
-    work = {"data": checked, "trajectories per question, at most": most}
-    if questions:
-        work["trajectories, at most"] = questions * most
-    return plan.dry_run(args, work, prompt, args.rollout_batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------- the rounds
@@ -266,7 +243,7 @@ def finish_edits(
     calling = [d for d in drafts if not d.finish and parse_calls(turn_text(d), d.dialect)]
     with ThreadPoolExecutor(args.tool_workers) as pool:
         pending = submit_calls(calling, toolbox, evolving, set(eos_ids(model, tokenizer)), pool)
-        collect_results(pending, evolving, tokenizer)
+        collect_results(pending, evolving.max_completion_length, tokenizer)
     complete(model, tokenizer, drafts, evolving, toolbox)
 
 
@@ -282,7 +259,7 @@ def accept(
         if any(t.token_ids == other.token_ids for other in group):
             _count(record, operator, "duplicate")
             continue
-        correctness, formed = score(t)
+        correctness, formed = grade(t)
         t.rewards = {"correct": correctness, "format": 0.0 if formed else -1.0}
         for call in t.tool_calls:
             call.seconds = 0.0  # wall-clock: the same command has to give the same pool

@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source setup.sh
 echo "== experiments/reproduce.py $*"
-exec .venv/bin/python experiments/reproduce.py "$@"
+exec .venv/bin/python -m experiments.reproduce "$@"

@@ -3,75 +3,78 @@
     python train_rl.py --model_name_or_path data/tiny --data Q.jsonl --index DIR --search_top_k 1 --output_dir out/rl
 
 Each step, for `questions_per_step` questions:
-1. rollout    G trajectories per question, with tools, from the current policy
-2. score      log-probs and entropies of their tokens by the training forward itself, so the first ratio is exactly 1
+1. rollout    G trajectories per question, with tools, from the policy as it is now
+2. old logp   log-probs and entropies of their tokens by the training forward itself, so the first ratio is exactly 1
 3. reward     REWARDS[--reward] over each group
 4. advantage  ADVANTAGES[--advantage] over each group, one value per token
 5. update     clipped surrogate + optional k3 KL to the starting adapter, weights fixed over the whole optimizer step,
               and an entropy bonus by --entropy_regulariser, whose coefficient may be learned
 Only model-written tokens (loss_mask 1) are trained on. `torchrun --nproc_per_node N train_rl.py …` shares the questions
-of a step among N processes. Left out on purpose: critics, reward models, off-policy replay.
+of a step among N processes. Left out on purpose: value networks, reward models, off-policy replay. What a step logs:
+grpo/metrics.py.
 """
 
 import json
 import math
-import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from bench import plan
-from bench.plan import PlanArgs
+import kernels
 from core import distributed
 from core.args import RunArgs, arg, cli, require_positive
 from core.checkpoint import resume, save_checkpoint
-from core.conversation import NO_THINK, RolloutArgs, check_index, check_prompts, encode, open_tools
 from core.model import (
+    Batch,
     ModelArgs,
     OptimizerName,
-    ScheduleName,
     adamw,
     add_reference,
+    collate,
     device,
     enable_checkpointing,
+    head_weight,
+    hidden_of_targets,
     load_policy,
+    packed,
     save_adapter,
     schedule,
+    token_stats,
+    use_reference,
 )
-from core.run import Run, shuffled, start_run
-from core.segments import DeltaForm, Segment, mean_entropy
+from core.run import shuffled, start_run
+from core.segments import Segment
 from core.trajectory import DataError, Trajectory, groups_of
 from data.questions import load_questions
-from data.world.facts import EASY_TERMS
-from engines.branching import tokens_saved
+from engines.args import SamplingArgs
 from engines.merged import merged_copy, refresh
-from eval.behaviour import void_turns
-from eval.grader import score
-from grpo.advantages import (
-    ADVANTAGES,
-    MIN_STD,
-    AdvantageName,
+from engines.toolbox import check_index, open_tools
+from engines.turns import check_prompts
+from eval.grader import grade
+from grpo.advantages import ADVANTAGES, LossType, token_weights
+from grpo.checks import check_trajectories, masked_tokens_have_no_gradient, sampler_mismatch
+from grpo.constraint import (
+    ENTROPY_REGULARISERS,
     EntropyState,
-    LossType,
-    RegulariserName,
     first_entropy_state,
     next_entropy_state,
     trajectory_betas,
     with_targets,
 )
-from grpo.checks import check_trajectories, sampler_mismatch
-from grpo.rewards import REWARDS, Indicator, RewardName
-from grpo.update import micro_batches, reward_spread, update
+from grpo.metrics import clipped_alarm, dump_samples, entropy_alarm, mode_metrics, mode_tokens, rollout_metrics
+from grpo.rewards import REWARDS, Indicator
 from rollout import rollout
 
 ENTROPY_REWARDS = ("entropy_sparse", "entropy_dense")
 METHOD_FLAGS = (  # flag, the flag that decides whether it has an effect, with which of its values
     *((flag, "reward", ("et_agent",)) for flag in ("sigma_tool", "sigma_length", "sigma_schedule", "behaviour_gain")),
-    *((flag, "reward", ENTROPY_REWARDS) for flag in ("segment", "delta_margin", "delta_form", "indicator")),
+    *((flag, "reward", ENTROPY_REWARDS) for flag in ("segment", "delta_margin", "indicator")),
     ("dense_alpha", "reward", ("entropy_dense",)),
     ("call_penalty", "reward", ("calls_penalty",)),
     ("length_penalty", "reward", ("length_penalty",)),
@@ -79,7 +82,7 @@ METHOD_FLAGS = (  # flag, the flag that decides whether it has an effect, with w
     ("beta_short", "entropy_regulariser", ("decoupled",)),
     *((flag, "entropy_regulariser", ("adaptive", "decoupled")) for flag in ("beta_long", "beta_lr")),
 )
-CLIPPED = 0.2  # share of responses that were cut off above which a run says so
+SAMPLE_STEPS = 10  # steps between groups written to samples.jsonl
 SHOWN = (  # beside the progress bar
     ("reward", "reward", ".3f"), ("calls", "tools/call_frequency", ".2f"), ("tokens", "completions/mean_length", ".0f"),
     ("entropy", "entropy", ".2f"),
@@ -87,33 +90,37 @@ SHOWN = (  # beside the progress bar
 
 
 @dataclass
-class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
+class Args(SamplingArgs, ModelArgs, RunArgs):
     """Flags of an RL run; the world's values are defaults, the papers' values stand in the help."""
 
     data: str = arg("", "questions: jsonl, verl parquet or dataset id (required)")
     task: Literal["auto", "math", "qa", "function"] = arg("auto", "task of all rows; auto = what the row says")
     limit: int = arg(0, "first N questions only, 0 = all")
     split: str = arg("train", "split, if --data is a dataset id")
+    engine: Literal["hf", "fast"] = arg("hf", "sampler: hf = generate, the reference; fast = engines/fast.py")
     # --- reward and advantage
-    reward: RewardName = arg("correct", "what is optimised")
+    reward: Literal[tuple(REWARDS)] = arg("correct", "what is optimised")
     sigma_tool: float = arg(0.1, "et_agent: how steeply more calls than the group's mean cost (paper 0.1)")
     sigma_length: float = arg(0.1, "et_agent: the same for reasoning length (paper 0.1)")
     sigma_schedule: Literal["fixed", "linear"] = arg("fixed", "linear: both σ fall to 0 in the run (ET-Agent's code)")
     behaviour_gain: float = arg(1.0, "et_agent: g, 1 in the paper, 2 in its code")
     segment: Segment = arg("reasoning", "entropy_*: which tokens between two tool results make a segment")
     delta_margin: float = arg(0.0, "entropy_*: a call counts as reducing below −margin, in nats (paper 0)")
-    delta_form: DeltaForm = arg("difference", "entropy_*: ΔH, or ΔH as a share of the entropy before the call")
     dense_alpha: float = arg(0.5, "entropy_dense: α, bonus of a reducing call (paper 0.5)")
     indicator: Indicator = arg("entropy", "entropy_*: where I_k comes from; the others are controls")
     call_penalty: float = arg(0.1, "calls_penalty: λ, price of a tool call")
     length_penalty: float = arg(0.5, "length_penalty: price of a response of --max_completion_length tokens")
-    advantage: AdvantageName = arg("grpo", "how rewards become advantages; entropy_dense goes with its reward")
+    advantage: Literal[tuple(ADVANTAGES)] = arg(
+        "grpo", "how rewards become advantages; entropy_dense goes with its reward"
+    )
     # --- loss
     loss_type: LossType = arg("grpo", "how token weights are normalised")
     epsilon: float = arg(0.2, "clip: ratio >= 1 - epsilon")
     epsilon_high: float | None = arg(None, "clip: ratio <= 1 + epsilon_high; default = epsilon")
     beta: float = arg(0.0, "weight of the k3 KL to the adapter the run starts from")
-    entropy_regulariser: RegulariserName = arg("none", "weight of each trajectory's mean token entropy in the loss")
+    entropy_regulariser: Literal[tuple(ENTROPY_REGULARISERS)] = arg(
+        "none", "weight of each trajectory's mean token entropy in the loss"
+    )
     entropy_coef: float = arg(0.0, "constant: the coefficient (AutoTool's best 1e-1)")
     beta_short: float = arg(0.0, "decoupled: coefficient without thinking (AutoTool 0)")
     beta_long: float = arg(1e-2, "adaptive, decoupled: first value of the learned coefficient (AutoTool 1e-2)")
@@ -123,55 +130,36 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
     beta_lr: float = arg(2e-2, "adaptive, decoupled: step size of the learned coefficient")
     num_iterations: int = arg(1, "passes over each batch of trajectories")
     updates_per_batch: int = arg(1, "optimizer steps per pass (ET-Agent's code: 16)")
-    skip_zero_variance: bool = arg(False, "leave groups without signal out of the normaliser too")
-    mask_void_turns: bool = arg(False, "do not train on trajectories with a turn of neither call nor answer")
     mask_truncated_completions: bool = arg(False, "do not train on trajectories that ran out of tokens or calls")
     # --- batches and optimizer
     questions_per_step: int = arg(12, "questions per step (ET-Agent: 64)")
     per_device_train_batch_size: int = arg(32, "trajectories per micro-batch")
-    gradient_accumulation_steps: int = arg(0, "micro-batches per optimizer step; 0 = as many as the step needs")
     max_tokens_per_micro_batch: int = arg(0, "micro-batches of so many tokens, padding included; 0 = by number")
     max_steps: int = arg(80, "rollout steps")
-    learning_rate: float = arg(2e-3, "peak learning rate (ET-Agent, full parameters: 1e-6)")
-    lr_scheduler_type: ScheduleName = arg("constant", "schedule of the learning rate, as in transformers")
-    warmup_ratio: float = arg(0.0, "share of the steps with rising learning rate")
+    learning_rate: float = arg(2e-3, "learning rate (ET-Agent, full parameters: 1e-6)")
     optimizer: OptimizerName = arg("adamw", "adamw_8bit: states in 8 bits (bitsandbytes)")
-    weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradient clipping, 0 = none")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass")
     rollout_dtype: Literal["policy", "float32", "bfloat16", "float16"] = arg(
         "policy", "sample from a merged copy of the policy in this precision (memory for a second model)"
     )
-    entropy_band: list[float] = arg([0.01, 5.0], "warn when a step's mean token entropy in nats leaves LOW HIGH")
     # --- records
     save_steps: int = arg(20, "steps between checkpoints")
     save_total_limit: int = arg(2, "checkpoints kept, 0 = all")
-    sample_steps: int = arg(10, "steps between sample dumps")
-    resume_from_checkpoint: str = arg(
-        "", "go on from another run's checkpoint: its step, optimizer and schedule (a fresh start: --model_name_or_path)"
-    )
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "tracker beside metrics.jsonl")
+    report_to: Literal["none", "wandb"] = arg("none", "tracker beside metrics.jsonl")
 
     def __post_init__(self):
         RunArgs.__post_init__(self)
         ModelArgs.__post_init__(self)
-        RolloutArgs.__post_init__(self)
+        SamplingArgs.__post_init__(self)
         if not self.data:
             raise ValueError("--data is required")
-        for flag, plain in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):
-            if getattr(self, flag) != plain:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: RL samples by temperature only, as it scores")
-        if self.engine == "openai":
-            raise ValueError("--engine openai: RL samples from the policy it trains; use hf or fast")
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: RL needs a positive temperature")
         require_positive(self, "questions_per_step", "updates_per_batch", "num_iterations", "max_steps", "save_steps")
-        require_positive(self, "per_device_train_batch_size", "sample_steps")
-        for flag in ("epsilon", "warmup_ratio"):
-            if getattr(self, flag) > 1:
-                raise ValueError(f"--{flag} must be from 0 to 1, not {getattr(self, flag)}")
-        if len(self.entropy_band) != 2 or not self.entropy_band[0] < self.entropy_band[1]:
-            raise ValueError(f"--entropy_band takes LOW HIGH, not {self.entropy_band}")
+        require_positive(self, "per_device_train_batch_size")
+        if self.epsilon > 1:
+            raise ValueError(f"--epsilon must be from 0 to 1, not {self.epsilon}")
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         self.check_method()
         if self.questions_per_step % (self.updates_per_batch * distributed.count()):
@@ -180,25 +168,11 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
                 f"{self.updates_per_batch} × {distributed.count()} process(es)"
             )
         longest = self.max_prompt_length + self.max_completion_length
-        if self.max_tokens_per_micro_batch:
-            if self.max_tokens_per_micro_batch < longest:
-                raise ValueError(
-                    f"--max_tokens_per_micro_batch {self.max_tokens_per_micro_batch} is less than one trajectory may "
-                    f"have: --max_prompt_length {self.max_prompt_length} + --max_completion_length "
-                    f"{self.max_completion_length}"
-                )
-            if self.gradient_accumulation_steps:
-                raise ValueError("--gradient_accumulation_steps does not go with --max_tokens_per_micro_batch")
-            return
-        per_update = self.questions_per_step * self.num_generations // (self.updates_per_batch * distributed.count())
-        needed = math.ceil(per_update / self.per_device_train_batch_size)
-        if self.gradient_accumulation_steps not in (0, needed):
+        if 0 < self.max_tokens_per_micro_batch < longest:
             raise ValueError(
-                f"{per_update} trajectories per optimizer step in micro-batches of --per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} need --gradient_accumulation_steps {needed}, "
-                f"not {self.gradient_accumulation_steps}"
+                f"--max_tokens_per_micro_batch {self.max_tokens_per_micro_batch} is less than one trajectory may have: "
+                f"--max_prompt_length {self.max_prompt_length} + --max_completion_length {self.max_completion_length}"
             )
-        self.gradient_accumulation_steps = needed
 
     def check_method(self):
         """Flags of reward and entropy term that go together; sets the targets' defaults."""
@@ -206,25 +180,14 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
             value, decides = getattr(self, flag), getattr(self, by)
             if decides not in uses and value != type(self).__dataclass_fields__[flag].default:
                 raise ValueError(f"--{flag} {value} has no effect with --{by} {decides}, only with {' or '.join(uses)}")
-        dense = self.advantage == "entropy_dense"
-        if dense != (self.reward == "entropy_dense"):
+        if (self.advantage == "entropy_dense") != (self.reward == "entropy_dense"):
             raise ValueError(f"--reward {self.reward} does not go with --advantage {self.advantage}")
-        if self.reward in ("entropy_sparse", "entropy_dense") and self.temperature != 1:
+        if self.reward in ENTROPY_REWARDS and self.temperature != 1:
             raise ValueError(f"--reward {self.reward} reads entropies at --temperature 1, not {self.temperature}")
-        if dense and self.skip_zero_variance:
-            raise ValueError("--skip_zero_variance looks at whole trajectories: not with --advantage entropy_dense")
-        if self.skip_zero_variance and (self.beta > 0 or self.entropy_regulariser != "none"):
-            raise ValueError(
-                "--skip_zero_variance leaves out trajectories whose only signal is KL or entropy: not with "
-                f"--beta {self.beta} and --entropy_regulariser {self.entropy_regulariser}"
-            )
         if self.entropy_regulariser == "constant" and not self.entropy_coef:
             raise ValueError("--entropy_regulariser constant needs an --entropy_coef above 0")
-        if not (0 <= self.beta_long <= 1 and self.beta_short >= 0 and self.beta_lr >= 0):
-            raise ValueError(
-                f"--beta_long {self.beta_long} must be in [0, 1], --beta_short {self.beta_short} and --beta_lr "
-                f"{self.beta_lr} must not be negative"
-            )
+        if not 0 <= self.beta_long <= 1:
+            raise ValueError(f"--beta_long {self.beta_long} must be from 0 to 1")
         short, long = (0.1, 0.2) if self.entropy_target == "absolute" else (1.15, 1.15)
         self.target_short = short if self.target_short is None else self.target_short
         self.target_long = long if self.target_long is None else self.target_long
@@ -232,8 +195,6 @@ class Args(RolloutArgs, ModelArgs, PlanArgs, RunArgs):
 
 def main(args: Args) -> dict:
     """Train; returns (and writes to result.json) the last step's metrics."""
-    if args.dry_run:
-        return dry_run(args)
     with distributed.processes():
         return train(args)
 
@@ -244,9 +205,13 @@ def train(args: Args) -> dict:
     if run.finished:
         print(f"{args.output_dir}: finished before\n{json.dumps(run.finished, indent=1)}")
         return run.finished
-    check_index(args)
+    check_index(args.index)
     questions = load_questions(args.data, args.task, args.limit, args.split)
-    check_enough(len(questions), args)
+    if len(questions) < args.questions_per_step:
+        raise DataError(
+            f"--data {args.data} holds {len(questions)} questions, fewer than --questions_per_step "
+            f"{args.questions_per_step}"
+        )
     model, tokenizer = load_policy(args)
     model.to(device())
     check_prompts(questions, tokenizer, args, model)
@@ -254,12 +219,9 @@ def train(args: Args) -> dict:
         add_reference(model)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
-    optimizer = adamw(model, args.optimizer, args.learning_rate, args.weight_decay)
-    updates = args.max_steps * args.num_iterations * args.updates_per_batch
-    scheduler = schedule(optimizer, args.lr_scheduler_type, args.warmup_ratio, updates)
-    first, state = resume(
-        run.dir, args.resume_from_checkpoint, model, optimizer, scheduler, args.max_steps, own="entropy_state"
-    )
+    optimizer = adamw(model, args.optimizer, args.learning_rate)
+    scheduler = schedule(optimizer, "constant", 0.0, args.max_steps)
+    first, state = resume(run.dir, model, optimizer, scheduler)
     run.forget_after(first)
     metrics = state.get("metrics", {})
     constraint = EntropyState(**state["entropy_state"]) if state else first_entropy_state(args)
@@ -272,32 +234,38 @@ def train(args: Args) -> dict:
         for step in bar:
             started = time.perf_counter()
 
-            # ------------------------------------------------------------------------------------ examples
-            indices = question_indices(len(questions), step, args)
+            # ------------------------------------------------------------------------------------ questions
+            indices = question_indices(len(questions), args.questions_per_step, step, args.seed)
             mine = [distributed.share(part) for part in split(indices, args.updates_per_batch)]
             examples = [questions[i] for part in mine for i in part]
 
             # ------------------------------------------------------------------------------------ rollout
+            # G answers per question, with tools, from the policy as it is now
             if sampler is not model:
                 refresh(sampler, model)
             trajectories = rollout(sampler, tokenizer, examples, args, toolbox, (args.seed, step))
             parts = split(trajectories, args.updates_per_batch)
             rolled_out = time.perf_counter()
 
-            # ------------------------------------------------------------------------------------ score
+            # ------------------------------------------------------------------------------------ old log-probs
+            # We do not trust the sampler's own: its arithmetic differs slightly from training's. A second forward pass
+            # costs time, but the first ratio of the update is then exactly 1.
             model.train()
             batches = [micro_batches(part, model, tokenizer.pad_token_id, args) for part in parts]
             if args.check:
                 check_trajectories(trajectories, tokenizer)
 
             # ------------------------------------------------------------------------------------ reward
+            # over a whole group, because ET-Agent compares each answer with its siblings
             now = at_step(step, args)
             for group in groups_of(trajectories):
-                correctness, formed = zip(*(score(t) for t in group))
+                correctness, formed = zip(*(grade(t) for t in group))
                 for t, terms in zip(group, REWARDS[args.reward](group, list(correctness), list(formed), now)):
                     t.rewards = terms
 
             # ------------------------------------------------------------------------------------ advantage
+            # one number per token, 0 on prompts and tool results, so that they never train; a group whose rewards are
+            # all equal gets 0 everywhere: it has nothing to teach
             for group in groups_of(trajectories):
                 for t, values in zip(group, ADVANTAGES[args.advantage](group, [t.rewards for t in group], args)):
                     t.advantage = values
@@ -317,12 +285,13 @@ def train(args: Args) -> dict:
             # ------------------------------------------------------------------------------------ log, save
             groups = groups_of(everyone)
             counted = rollout_metrics(groups)
+            cut_off, limits = counted["completions/clipped_ratio"], (args.max_completion_length, args.max_tool_calling_iterations)
             metrics = {
                 **counted,
                 **mode_metrics(everyone, opening),
                 **(sampler_mismatch(everyone) if args.check else {}),
-                "entropy_alarm": float(entropy_alarm(counted["entropy"], metrics, args)),
-                "clipped_alarm": float(clipped_alarm(counted["completions/clipped_ratio"], metrics, args)),
+                "entropy_alarm": float(entropy_alarm(counted["entropy"], metrics)),
+                "clipped_alarm": float(clipped_alarm(cut_off, metrics, *limits)),
                 "beta_long": constraint.beta_long,
                 **{name: fmean(s[name] for s in stats) for name in stats[0]},
                 "learning_rate": scheduler.get_last_lr()[0],
@@ -333,8 +302,8 @@ def train(args: Args) -> dict:
             bar.set_postfix({name: f"{metrics[key]:{digits}}" for name, key, digits in SHOWN})
             if distributed.rank() > 0:
                 continue
-            if step % args.sample_steps == 0:
-                dump_samples(run, step + 1, groups[0])
+            if step % SAMPLE_STEPS == 0:
+                dump_samples(run.dir, step + 1, groups[0])
             if (step + 1) % args.save_steps == 0 or step + 1 == args.max_steps:
                 state = {"metrics": metrics, "entropy_state": asdict(constraint)}
                 save_checkpoint(run.dir, step + 1, model, tokenizer, optimizer, scheduler, state, args.save_total_limit)
@@ -347,36 +316,10 @@ def train(args: Args) -> dict:
     return result
 
 
-def check_enough(questions: int, args: Args) -> None:
-    """Raise DataError if the data cannot fill one step."""
-    if questions < args.questions_per_step:
-        raise DataError(
-            f"--data {args.data} holds {questions} questions, fewer than --questions_per_step {args.questions_per_step}"
-        )
-
-
-def dry_run(args: Args) -> dict:
-    """The plan of this run (bench/plan.py); loads no weights and writes nothing."""
-    questions, prompt, checked = plan.check_questions(args)
-    if questions:
-        check_enough(questions, args)
-    per_step = args.questions_per_step * args.num_generations
-    work = {
-        "data": checked,
-        "steps": args.max_steps,
-        "optimizer steps": args.max_steps * args.num_iterations * args.updates_per_batch,
-        "trajectories per step": per_step,
-        "trajectories": args.max_steps * per_step,
-        "tokens per step, at most": per_step * (prompt + args.max_completion_length),
-    }
-    return plan.dry_run(args, work, prompt, per_step)
-
-
-def question_indices(n: int, step: int, args: Args) -> list[int]:
+def question_indices(n: int, per_step: int, step: int, seed: int) -> list[int]:
     """Indices of the step's questions: cuts of one seeded permutation per epoch, its remainder dropped."""
-    epoch, cut = divmod(step, n // args.questions_per_step)
-    order = shuffled(n, args.seed, "order", epoch)
-    return order[cut * args.questions_per_step : (cut + 1) * args.questions_per_step]
+    epoch, cut = divmod(step, n // per_step)
+    return shuffled(n, seed, "order", epoch)[cut * per_step : (cut + 1) * per_step]
 
 
 def at_step(step: int, args: Args) -> Args:
@@ -396,88 +339,128 @@ def split(items: list, parts: int) -> list[list]:
     return [items[i * size : (i + 1) * size] for i in range(parts)]
 
 
-def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
-    """TRL's metric names: means over the step's trajectories (rewards, tokens, entropy in nats) and calls.
+# ---------------------------------------------------------------------------------------------------- one optimizer step
 
-    A term that only some trajectories have is averaged over those.
+
+class MicroBatch(NamedTuple):
+    """Trajectories that share a forward pass, the same in the pass for the old log-probs and in every update.
+
+    old_logp, ref_logp: (N,) over the batch's trained tokens, in the order of `hidden_of_targets`.
     """
-    flat = [t for group in groups for t in group]
-    calls = [c for t in flat for c in t.tool_calls]
-    seconds = sorted(c.seconds for c in calls) or [0.0]
-    terms: dict[str, list[float]] = {}
-    for t in flat:
-        for name, value in t.rewards.items():
-            terms.setdefault(name, []).append(value)
-    tokens = sum(t.completion_tokens for t in flat)
-    return {
-        "reward": fmean(terms.pop("total")),
-        "reward_std": fmean(reward_spread(group) for group in groups),
-        **{f"rewards/{name}/mean": fmean(values) for name, values in sorted(terms.items())},
-        "completions/mean_length": tokens / len(flat),
-        "completions/clipped_ratio": fmean(t.finish != "eos" for t in flat),
-        "entropy": sum(sum(t.entropy) for t in flat) / max(tokens, 1),
-        "frac_reward_zero_std": fmean(reward_spread(group) < MIN_STD for group in groups),
-        "tools/call_frequency": fmean(t.n_calls for t in flat),
-        "tools/failure_frequency": sum(not c.ok for c in calls) / max(len(calls), 1),
-        "num_turns/mean": fmean(1 + sum(s.kind == "tool_result" for s in t.spans) for t in flat),
-        "void_turns": fmean(void_turns(t) > 0 for t in flat),
-        "time/tool_p50": seconds[len(seconds) // 2],
-        "time/tool_p99": seconds[len(seconds) * 99 // 100],
-        "rollout/tokens_saved": tokens_saved(flat),
-    }
+
+    trajectories: list[Trajectory]
+    batch: Batch
+    old_logp: Tensor
+    ref_logp: Tensor | None
 
 
-def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens at the start of a response after which it is known whether its think block is empty."""
-    return len(os.path.commonprefix([encode(tokenizer, NO_THINK), encode(tokenizer, "<think>\nso")])) + 1
+@torch.no_grad()
+def micro_batches(part: list[Trajectory], model: torch.nn.Module, pad_id: int, args: Args) -> list[MicroBatch]:
+    """Pack one update's trajectories, shortest first, and take their old log-probs and entropies (T = temperature).
 
-
-def mode_metrics(trajectories: list[Trajectory], opening: int) -> dict[str, float]:
-    """Thinking rate, mean H_i of either mode (absent where a step has none) and entropy of the mode decision, in nats.
-
-    opening: tokens at the start of a response that decide the mode, 0 = it is forced. think_rate/long: of the world's
-    running sums with more than EASY_TERMS terms, where the step has any.
+    Fills `entropy` of every trajectory, `ref_entropy` for --indicator reference and `old_logp` with --check.
     """
-    metrics = {"think_rate": fmean(t.mode == "think" for t in trajectories)}
-    if long := [t.mode == "think" for t in trajectories if t.meta.get("terms", 0) > EASY_TERMS]:
-        metrics["think_rate/long"] = fmean(long)
-    for mode in ("think", "no_think"):
-        if entropies := [mean_entropy(t) for t in trajectories if t.mode == mode and t.completion_tokens]:
-            metrics[f"entropy/{mode}"] = fmean(entropies)
-    if opening:
-        metrics["entropy/decision"] = fmean(sum(t.entropy[t.prompt_len :][:opening]) for t in trajectories)
-    return metrics
+    for t in part:
+        if not t.sampled:
+            raise ValueError(f"trajectory {t.question_id}/{t.sample_idx} was not sampled; RL trains on samples only")
+    result = []
+    for rows in packed(part, args.per_device_train_batch_size, args.max_tokens_per_micro_batch):
+        batch = collate(rows, pad_id, device())
+        logp, entropy = token_stats(model, batch, args.temperature)  # (B, T)
+        keep(rows, "entropy", entropy)
+        if args.check:
+            keep(rows, "old_logp", logp)
+        ref_logp = None
+        if args.beta > 0 or args.indicator == "reference":
+            with use_reference(model):
+                ref, entropy = token_stats(model, batch, args.temperature)
+            ref_logp = ref[batch.loss_mask]
+            if args.indicator == "reference":
+                keep(rows, "ref_entropy", entropy)
+        result.append(MicroBatch(rows, batch, logp[batch.loss_mask], ref_logp if args.beta > 0 else None))
+    return result
 
 
-def entropy_alarm(mean: float, before: dict, args: Args) -> bool:
-    """Whether the step's token entropy is outside `--entropy_band`; says so when it was inside in the step before."""
-    low, high = args.entropy_band
-    text = f"token entropy {mean:.4f} nats is outside --entropy_band {low} {high}"
-    return _say_once("entropy_alarm", not low <= mean <= high, before, text)
+def keep(rows: list[Trajectory], name: str, values: Tensor) -> None:
+    """Write (B, T) values into a per-token field of the trajectories, without the padding."""
+    for t, row in zip(rows, values.tolist()):
+        setattr(t, name, row[: len(t.token_ids)])
 
 
-def clipped_alarm(share: float, before: dict, args: Args) -> bool:
-    """Whether more than CLIPPED of a step's responses were cut off; says so when it was less in the step before."""
-    text = (
-        f"{share:.0%} of the responses ran out of --max_completion_length {args.max_completion_length} (tool results "
-        f"included) or --max_tool_calling_iterations {args.max_tool_calling_iterations}: they count as malformed"
+def update(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    part: list[MicroBatch],
+    everyone: list[Trajectory],
+    betas: list[float],
+    args: Args,
+) -> dict[str, float]:
+    """One optimizer step, and one of the learning rate's schedule; a non-finite loss or gradient skips both.
+
+    part: this process's micro-batches. everyone: the update's trajectories of all processes, over which the token
+    weights are normalised; betas: their entropy coefficients β_i [2603.13348, PAPERS B4], in the same order.
+    """
+    trains = [t.finish == "eos" or not args.mask_truncated_completions for t in everyone]
+    lengths = [t.completion_tokens if kept else 0 for t, kept in zip(everyone, trains)]
+    weights = token_weights(lengths, args.loss_type, args.max_completion_length)
+    # The kernel multiplies its entropy term by the token weight; we want mean_i β_i H_i under every loss type.
+    bonuses = [beta / (len(everyone) * n * w) if n else 0.0 for beta, n, w in zip(betas, lengths, weights, strict=True)]
+    row_terms = {(t.question_id, t.sample_idx): terms for t, *terms in zip(everyone, weights, bonuses)}
+    tokens = max(sum(t.completion_tokens for t in everyone), 1)
+    totals = {"loss": 0.0, "kl": 0.0, "clip_ratio/low_mean": 0.0, "clip_ratio/high_mean": 0.0}
+    for mb in part:
+        per_row = [row_terms[t.question_id, t.sample_idx] for t in mb.trajectories]
+        if args.beta == 0 and not any(w and (b or any(t.advantage)) for t, (w, b) in zip(mb.trajectories, per_row)):
+            continue  # no gradient from any of its trajectories
+        with masked_tokens_have_no_gradient(model, mb.batch) if args.check else nullcontext():
+            loss, stats = policy_loss(model, mb, per_row, args)
+        loss.backward()
+        share = sum(t.completion_tokens for t, (weight, _) in zip(mb.trajectories, per_row) if weight) / tokens
+        totals["loss"] += loss.item()
+        totals["kl"] += stats["kl"].sum().item() / tokens
+        totals["clip_ratio/low_mean"] += float(stats["clip_low_frac"]) * share
+        totals["clip_ratio/high_mean"] += float(stats["clip_high_frac"]) * share
+    trained = [p for p in model.parameters() if p.requires_grad]
+    distributed.sum_gradients(trained)
+    totals = distributed.sum_values(totals)
+    norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf).item()
+    finite = math.isfinite(totals["loss"]) and math.isfinite(norm)
+    if finite:
+        optimizer.step()
+        scheduler.step()
+    else:
+        tqdm.write(f"skipped an update: loss {totals['loss']}, gradient norm {norm}")
+        totals = {name: 0.0 for name in totals}
+    optimizer.zero_grad()
+    return {**totals, "grad_norm": norm if finite else 0.0, "skipped_updates": float(not finite)}
+
+
+def policy_loss(model: torch.nn.Module, mb: MicroBatch, row_terms: list, args: Args) -> tuple[Tensor, dict]:
+    """The micro-batch's share of the step's loss, and its token statistics (maths: kernels/policy_loss.py).
+
+    row_terms: (token weight, entropy coefficient) of each trajectory.
+    """
+    mask = mb.batch.loss_mask  # (B, T); indexing by it gives (N,), in the order of hidden and targets
+    hidden, targets = hidden_of_targets(model, mb.batch)  # (N, H), (N,)
+    terms = torch.tensor(row_terms, device=mask.device)[:, :, None].expand(-1, -1, mask.shape[1])  # (B, 2, T)
+    weight, bonus = terms.unbind(1)  # (B, T)
+    advantage = torch.tensor([a for t in mb.trajectories for a, m in zip(t.advantage, t.loss_mask) if m])  # (N,)
+    return kernels.linear_policy_loss(
+        hidden,
+        head_weight(model),
+        targets,
+        token_weight=weight[mask],
+        advantage=advantage.to(mask.device),
+        old_logp=mb.old_logp,
+        ref_logp=mb.ref_logp,
+        clip_low=args.epsilon,
+        clip_high=args.epsilon_high,
+        kl_coef=args.beta,
+        entropy_coef=bonus[mask],
+        temperature=args.temperature,
+        check=args.check,
     )
-    return _say_once("clipped_alarm", share > CLIPPED, before, text)
-
-
-def _say_once(name: str, alarm: bool, before: dict, text: str) -> bool:  # before: the metrics of the step before
-    if alarm and not before.get(name):
-        tqdm.write(text)
-    return alarm
-
-
-def dump_samples(run: Run, step: int, group: list[Trajectory]) -> None:
-    """Append one group to samples.jsonl: what the policy wrote and what it got for it."""
-    with open(run.dir / "samples.jsonl", "a", encoding="utf-8") as out:
-        for t in group:
-            row = {"step": step, "id": t.question_id, "question": t.question, "gold": t.gold}
-            row |= {"response": t.response_text, "rewards": t.rewards, "finish": t.finish}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

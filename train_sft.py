@@ -13,19 +13,16 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bench import memory, plan
-from bench.plan import PlanArgs
 from core import distributed
 from core.args import RunArgs, arg, cli, require_positive
 from core.checkpoint import resume, save_checkpoint
-from core.conversation import Draft, RolloutArgs, dialect_of, encode, render_prompt, result_text, to_trajectory
+from core.conversation import Draft, dialect_of, encode, render_prompt, result_text, to_trajectory
 from core.model import (
     ModelArgs,
     OptimizerName,
@@ -41,12 +38,12 @@ from core.model import (
     token_stats,
 )
 from core.run import shuffled, start_run
-from core.trajectory import DataError, Trajectory, read_jsonl
-from data.questions import Question, check_parts, question_of
+from core.trajectory import DataError, Question, Trajectory, read_jsonl
+from data.questions import check_parts, question_of
 
 
 @dataclass
-class Args(ModelArgs, PlanArgs, RunArgs):
+class Args(ModelArgs, RunArgs):
     """Flags of an SFT run; ET-Agent's values stand in the help."""
 
     data: str = arg("", "jsonl of trajectories, demonstrations or chat messages (required)")
@@ -62,15 +59,11 @@ class Args(ModelArgs, PlanArgs, RunArgs):
     lr_scheduler_type: ScheduleName = arg("cosine", "schedule of the learning rate, as in transformers")
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate")
     optimizer: OptimizerName = arg("adamw", "adamw_8bit: states in 8 bits (bitsandbytes)")
-    weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradient clipping, 0 = none")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass")
     save_steps: int = arg(100, "steps between checkpoints")
     save_total_limit: int = arg(2, "checkpoints kept, 0 = all")
-    resume_from_checkpoint: str = arg(
-        "", "go on from another run's checkpoint: its step, optimizer and schedule (a fresh start: --model_name_or_path)"
-    )
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "tracker beside metrics.jsonl")
+    report_to: Literal["none", "wandb"] = arg("none", "tracker beside metrics.jsonl")
 
     def __post_init__(self):
         RunArgs.__post_init__(self)
@@ -86,8 +79,6 @@ class Args(ModelArgs, PlanArgs, RunArgs):
 
 def main(args: Args) -> dict:
     """Train; returns (and writes to result.json) the first and last loss."""
-    if args.dry_run:
-        return dry_run(args)
     with distributed.processes():
         return train(args)
 
@@ -106,10 +97,10 @@ def train(args: Args) -> dict:
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.count()
     steps_per_epoch = math.ceil(len(examples) / per_step)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    optimizer = adamw(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = adamw(model, args.optimizer, args.learning_rate)
     trained = [p for p in model.parameters() if p.requires_grad]
     scheduler = schedule(optimizer, args.lr_scheduler_type, args.warmup_ratio, steps)
-    first, state = resume(run.dir, args.resume_from_checkpoint, model, optimizer, scheduler, steps, own="losses")
+    first, state = resume(run.dir, model, optimizer, scheduler)
     run.forget_after(first)
     losses = state.get("losses", [])
 
@@ -159,21 +150,6 @@ def train(args: Args) -> dict:
     return result
 
 
-def dry_run(args: Args) -> dict:
-    """The plan of this run (bench/plan.py); loads no weights and writes nothing."""
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    tokenizer = plan.local_tokenizer(args.model_name_or_path)
-    work = {"data": f"{args.data} is not here, or no tokenizer: not checked", "examples per step": per_step}
-    if tokenizer and Path(args.data).is_file():
-        vocabulary = memory.read_config(args.model_name_or_path).vocab_size
-        examples = load_examples(args.data, tokenizer, args, vocabulary)
-        steps = math.ceil(args.num_train_epochs * math.ceil(len(examples) / per_step))
-        work["data"] = f"{len(examples)} examples of up to {max(len(t.token_ids) for t in examples)} tokens"
-        work["steps"] = args.max_steps or steps
-    work["tokens per step, at most"] = per_step * args.max_length
-    return plan.dry_run(args, work)
-
-
 # ---------------------------------------------------------------------------------------------------- examples
 
 
@@ -221,7 +197,7 @@ def from_demonstration(row: dict, tokenizer: PreTrainedTokenizerBase, where: str
     row["response"]: [{"role": "model", "text": …}, {"role": "tool", "text": …}, …].
     """
     question = question_of(row, where, default_id=where)
-    dialect = dialect_of(question, RolloutArgs())
+    dialect = dialect_of(question, "tags")
     prompt = encode(tokenizer, render_prompt(question, tokenizer, dialect))
     draft = Draft(question, 0, dialect, 0, prompt, len(prompt), finish="eos", sampled=False)
     check_parts(row["response"], "response", ("role", "text"), where)

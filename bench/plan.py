@@ -2,10 +2,10 @@
 
 `--dry_run` on train_rl.py, train_sft.py and flywheel.py prints it for the longest trajectories that the flags allow
 (bench/memory.py has the formulas), checks the data that is there, and ends with exit code 2 if the run cannot fit. For any
-script, `python bench/plan.py [--gb N] SCRIPT FLAGS…` reads its flags and plans what they ask for:
+script, `python -m bench.plan [--gb N] SCRIPT FLAGS…` reads its flags and plans what they ask for:
 
-    python bench/plan.py --gb 24 train_rl.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --load_in_4bit …
-    python bench/plan.py --gb 24 -m eval.evaluate --model_name_or_path …
+    python -m bench.plan --gb 24 train_rl.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --load_in_4bit …
+    python -m bench.plan --gb 24 -m eval.evaluate --model_name_or_path …
 """
 
 import importlib
@@ -22,11 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from bench.memory import CONTEXT, Parts, decoder_of, read_config, rollout, training
 from core.args import arg, cli
-from core.conversation import has_index, start_draft
 from core.model import load_tokenizer
 from core.run import table
 from core.trajectory import DataError
 from data.questions import load_questions
+from engines.toolbox import has_index
+from engines.turns import start_draft
 
 GiB = 2**30
 CARDS = (16, 24, 80)  # GB

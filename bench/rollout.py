@@ -32,12 +32,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 import rollout
 from bench.random_model import random_base, shape_config
 from core.args import arg, cli
-from core.conversation import Draft, RolloutArgs, ToolBox, encode, result_text
+from core.conversation import Draft, encode, result_text
 from core.model import ModelArgs, causal_lm, device, with_adapter
 from core.run import environment, table, write_text
-from core.trajectory import DataError
-from data.questions import Question
+from core.trajectory import DataError, Question
 from engines import fast
+from engines.toolbox import ToolBox
+from rollout import RolloutArgs
 from tools.sandbox import ToolResult
 
 COMPLETE = {"hf": rollout.complete, "fast": fast.complete}

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def parse_args(cls: type[A], argv: list[str] | None = None) -> A:
     """Command line (with `--config file.json` as defaults) -> dataclass; a bad flag is one line and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(cls, allow_abbrev=False, description=sys.modules[cls.__module__].__doc__)
+    parser.epilog = "--dry_run [GB] prints what this command would do and need, here or on a GPU of so many GB."
 
     def fail(message: str):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
@@ -98,6 +100,8 @@ def parse_args(cls: type[A], argv: list[str] | None = None) -> A:
 
 def cli(main: Callable[[A], Any], cls: type[A]) -> None:
     """Entry point of a script: bad input ends in one line and exit code 2, Ctrl-C in one line and 130."""
+    if "--dry_run" in sys.argv:  # another program, which reads the flags as this one would (bench/plan.py)
+        sys.exit(subprocess.call([sys.executable, "-m", "bench.plan", *sys.argv]))
     args = parse_args(cls)
     transformers.utils.logging.disable_progress_bar()  # our own bars show what matters
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from core.model import load_adapter, save_adapter
-from core.trajectory import DataError
 
 
 def save_checkpoint(
@@ -48,41 +47,18 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def resume(
-    run_dir: Path,
-    asked_for: str,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    steps: int,
-    own: str,
+    run_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> tuple[int, dict]:
-    """Load the run's newest checkpoint, else the one named by --resume_from_checkpoint; (finished steps, state).
-
-    (0, {}) if there is neither. steps: of the run in all; own: what only this script's state has. DataError if the
-    named folder is no checkpoint of this script, has no step left or was trained at another learning rate.
-    """
+    """Load the run's newest checkpoint; (finished steps, the script's own state), or (0, {}) if there is none."""
     found = checkpoints(run_dir)
-    path = found[-1] if found else Path(asked_for) if asked_for else None
-    if path is None:
+    if not found:
         return 0, {}
-    if not (path / "trainer_state.json").is_file():
-        raise DataError(f"--resume_from_checkpoint {path}: no trainer_state.json there")
-    state, rates = json.loads((path / "trainer_state.json").read_text()), scheduler.base_lrs
-    if own not in state:
-        raise DataError(f"--resume_from_checkpoint {path}: a checkpoint of another script, without {own!r}")
-    if not found and state["global_step"] >= steps:
-        raise DataError(
-            f"--resume_from_checkpoint {path} has done {state['global_step']} steps of {steps}: nothing is left; to "
-            "start anew from its weights, give it as --model_name_or_path"
-        )
+    path = found[-1]
+    state = json.loads((path / "trainer_state.json").read_text())
     load_adapter(model, path)
     optimizer.load_state_dict(_load(path / "optimizer.pt"))
     scheduler.load_state_dict(_load(path / "scheduler.pt"))
     torch.set_rng_state(_load(path / "rng_state.pth")["cpu"])
-    if scheduler.base_lrs != rates:
-        raise DataError(
-            f"--resume_from_checkpoint {path} goes on with its own --learning_rate {scheduler.base_lrs[0]}, not {rates[0]}"
-        )
     return state["global_step"], state
 
 

@@ -5,23 +5,13 @@ Shared by every sampler (rollout.py) and by train_sft.py, so that all of them bu
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from core.args import arg, check_numbers, require_positive
 from core.parse import escape_result, parse_calls, render_result, spans_of
-from core.run import seed_of
-from core.trajectory import DataError, Span, ToolCall, Trajectory
-from data.questions import Question
-from data.world.noise import NoisyIndex
-from tools.sandbox import PythonSandbox, ToolResult
-from tools.search import SearchClient, SearchError, SearchIndex, run_search
+from core.trajectory import Question, Span, ToolCall, Trajectory
 
 NO_THINK = "<think>\n\n</think>\n\n"  # an empty block at the start of a response means: answer without thinking
 PREFIXES = {"auto": "", "think": "<think>", "no_think": NO_THINK}
@@ -50,167 +40,6 @@ TOOL_SCHEMAS = [  # declared to hermes models for questions that bring no functi
         ("python", "code", "Run Python code; returns what it prints."),
     )
 ]
-
-
-@dataclass
-class RolloutArgs:
-    """Flags of sampling and tools; train_rl.py, flywheel.py and eval/evaluate.py share them."""
-
-    engine: Literal["hf", "fast", "openai"] = arg(
-        "hf", "sampler: hf = generate, the reference; fast = engines/fast.py; openai = a server (not in RL)"
-    )
-    base_url: str = arg("", "engine openai: the server, such as http://localhost:8000/v1; key in OPENAI_API_KEY")
-    served_model_name: str = arg("", "engine openai: the model's name there; default: --model_name_or_path")
-    num_generations: int = arg(8, "G, trajectories per question")
-    branching: Literal["none", "random", "arpo", "threshold"] = arg(
-        "none", "start fewer and branch after tool results (ARPO): by the rise of entropy, or with p = 0.5 (random)"
-    )
-    initial_rollouts: int = arg(0, "N0, rollouts that branching starts with; 0 = half of G (ARPO: 8 of 16)")
-    max_prompt_length: int = arg(2048, "longest prompt, in tokens; a longer one is an error before any work")
-    max_completion_length: int = arg(512, "response budget in tokens, tool results included")
-    temperature: float = arg(1.0, "sampling temperature; 0 = greedy (not in RL)")
-    top_p: float = arg(1.0, "nucleus sampling (flywheel and evaluation only)")
-    top_k: int = arg(0, "top-k sampling, 0 = off (flywheel and evaluation only)")
-    repetition_penalty: float = arg(1.0, "repetition penalty (flywheel and evaluation only)")
-    mode: Literal["auto", "think", "no_think"] = arg("auto", "force a think block, force none, or let the model choose")
-    dialect: Literal["tags", "hermes"] = arg("tags", "call format; questions of task function always use hermes")
-    max_tool_calling_iterations: int = arg(6, "tool calls per trajectory; one more ends it")
-    max_calls_per_tool: int = arg(6, "calls of one tool per trajectory; one more ends it")
-    max_tool_seconds: float = arg(60.0, "tool time per trajectory, in seconds; later calls are refused")
-    refuse_repeats: bool = arg(False, "refuse the third identical call of a trajectory")
-    rollout_batch_size: int = arg(128, "trajectories decoded at once")
-    index: str = arg("", "folder of a search index (data.world --index, tools.search), or URL of a search server")
-    search_protocol: Literal["flashrag", "search_r1"] = arg("flashrag", "how to talk to the server of --index URL")
-    search_top_k: int = arg(4, "passages per search")
-    search_max_chars: int = arg(1200, "characters kept of each passage")
-    noise: float = arg(0.0, "world's index only: scale 0 to 1 of wrong and ambiguous passages (data/world/noise.py)")
-    noise_seed: int = arg(0, "draws which wordings of a query are answered with a flaw")
-    check: bool = arg(False, "keep the sampler's log-probs; train_rl.py verifies every step's invariants with them")
-    python_timeout: float = arg(5.0, "seconds per python call")
-    python_memory_mb: int = arg(512, "memory per python call")
-    tool_workers: int = arg(2, "tool calls run at once")
-
-    def __post_init__(self):
-        check_numbers(self)
-        require_positive(self, "num_generations", "max_completion_length", "rollout_batch_size", "tool_workers")
-        require_positive(self, "search_top_k", "search_max_chars", "python_memory_mb")
-        if self.temperature == float("inf"):
-            raise ValueError("--temperature must be finite, not inf")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p must be in (0, 1], not {self.top_p}")
-        if not 0 <= self.noise <= 1:
-            raise ValueError(f"--noise must be from 0 to 1, not {self.noise}")
-        if self.noise and (not self.index or is_url(self.index) or self.search_top_k != 1):
-            raise ValueError(f"--noise {self.noise} needs a folder as --index and --search_top_k 1")
-        if (self.engine == "openai") != is_url(self.base_url):
-            raise ValueError(f"--engine {self.engine} does not go with --base_url {self.base_url!r}")
-        if self.engine == "fast" and self.repetition_penalty != 1.0:
-            raise ValueError(f"--repetition_penalty {self.repetition_penalty} needs --engine hf")
-        if self.engine == "openai" and self.branching != "none":
-            raise ValueError(f"--branching {self.branching} needs --engine hf or fast, which know the entropies")
-        if not 0 <= self.initial_rollouts <= (self.num_generations if self.branching != "none" else 0):
-            raise ValueError(
-                f"--initial_rollouts {self.initial_rollouts} does not go with --branching {self.branching} and "
-                f"--num_generations {self.num_generations}"
-            )
-
-    def more_calls(self, extra: int) -> dict[str, int]:
-        """The two limits on calls raised by `extra`, for a trajectory that goes on behind an edit or a hint."""
-        limits = ("max_tool_calling_iterations", "max_calls_per_tool")
-        return {name: getattr(self, name) + extra for name in limits}
-
-
-# ---------------------------------------------------------------------------------------------------- tools
-
-ToolBox = dict[str, Callable[[Any], ToolResult]]  # name -> (its text; a dict if its schema has several parameters)
-
-
-@contextmanager
-def open_tools(args: RolloutArgs) -> Iterator[ToolBox]:
-    """The tools a model may call: python always, search if `--index` is given (else says so). Closed on exit."""
-    with ExitStack() as stack:
-        sandbox = stack.enter_context(PythonSandbox(args.python_timeout, args.python_memory_mb, args.tool_workers))
-        toolbox: ToolBox = {"python": sandbox.run}
-        if args.index:
-            toolbox["search"] = search_tool(args)
-        else:
-            print("tools: python; without --index a search is answered with an error")
-        yield toolbox
-
-
-def search_tool(args: RolloutArgs) -> Callable[[str], ToolResult]:
-    """Search in the folder or at the server of `--index`. DataError if there is none.
-
-    An index in memory is so fast that its time counts as 0: what is written does not depend on the machine.
-    """
-    check_index(args)
-    if is_url(args.index):
-        return partial(search_at_server, _asked(lambda: SearchClient(args.index, args.search_protocol), args), args)
-    index = SearchIndex.load(args.index)
-    if args.noise:
-        index = NoisyIndex(index, args.noise, args.noise_seed)
-    return lambda query: replace(run_search(index, query, args.search_top_k, args.search_max_chars), seconds=0.0)
-
-
-def search_at_server(client: SearchClient, args: RolloutArgs, query: str) -> ToolResult:
-    """One search. DataError if the server is gone: a policy must not learn from that; the same command goes on later."""
-    result = run_search(client, query, args.search_top_k, args.search_max_chars)
-    if not result.ok:  # this query's matter, if the server still answers
-        _asked(client.check_health, args)
-    return result
-
-
-def _asked(question: Callable[[], Any], args: RolloutArgs) -> Any:
-    try:
-        return question()
-    except SearchError as e:
-        raise DataError(f"--index {args.index}: {e}") from None
-
-
-def check_index(args: RolloutArgs) -> None:
-    """DataError if `--index` names a folder that is not there; before any work starts."""
-    if not has_index(args):
-        raise DataError(f"--index {args.index}: no such folder")
-
-
-def has_index(args: RolloutArgs) -> bool:
-    """False if `--index` names a folder that is not on this machine."""
-    return not args.index or is_url(args.index) or Path(args.index).is_dir()
-
-
-def is_url(place: str) -> bool:
-    """Whether a flag's value is a server's address, not a folder."""
-    return place.startswith(("http://", "https://"))
-
-
-def run_call(call: ToolCall, earlier: list[ToolCall], toolbox: ToolBox, args: RolloutArgs) -> ToolCall:
-    """The call with its result filled in. A malformed, refused or failed call gets an answer too (ok False)."""
-    if not call.ok:
-        return ToolCall(call.name, call.arguments, f"error: {call.error}", False, call.error)
-    same = sum(c.name == call.name and c.arguments == call.arguments for c in earlier)
-    refusal = None
-    if call.name not in toolbox:
-        refusal = f"no tool named {call.name}"
-    elif args.refuse_repeats and same >= 2:
-        refusal = "refused: the same call was made twice before"
-    elif sum(c.seconds for c in earlier) >= args.max_tool_seconds:
-        refusal = "refused: the tool time of this question is used up"
-    if refusal:
-        return ToolCall(call.name, call.arguments, f"error: {refusal}", False, refusal)
-    given = call.arguments
-    if isinstance(given, dict) and len(parameters_of(call.name)) < 2:  # hermes: {"query": …} or {"code": …}
-        if len(given) != 1 or not isinstance(next(iter(given.values())), str):
-            error = f"{call.name} takes one text argument"
-            return ToolCall(call.name, call.arguments, f"error: {error}", False, error)
-        given = next(iter(given.values()))
-    result = toolbox[call.name](given)
-    return ToolCall(call.name, call.arguments, result.text.rstrip("\n"), result.ok, result.error, result.seconds)
-
-
-def parameters_of(name: str) -> dict[str, dict]:
-    """The parameters that TOOL_SCHEMAS declares of a tool; none if it is not there."""
-    schemas = (schema["function"] for schema in TOOL_SCHEMAS)
-    return next((schema["parameters"]["properties"] for schema in schemas if schema["name"] == name), {})
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -247,9 +76,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def dialect_of(question: Question, args: RolloutArgs) -> str:
+def dialect_of(question: Question, default: str) -> str:
     """Questions that declare functions are asked in the hermes dialect."""
-    return "hermes" if question.task == "function" else args.dialect
+    return "hermes" if question.task == "function" else default
 
 
 # ---------------------------------------------------------------------------------------------------- drafts
@@ -291,38 +120,6 @@ class Draft:
             self.logp += [0.0] * (len(self.ids) - len(self.logp)) + logp
         self.ids += ids
         self.mask += [int(who == "model")] * len(ids)
-
-
-def start_draft(q: Question, i: int, tokenizer: PreTrainedTokenizerBase, args: RolloutArgs, run: tuple) -> Draft:
-    """Draft of sample i of a question, its prompt (and a forced mode's opening) in place; DataError if too long."""
-    dialect = dialect_of(q, args)
-    prompt = encode(tokenizer, render_prompt(q, tokenizer, dialect))
-    if len(prompt) > args.max_prompt_length:
-        raise DataError(
-            f"question {q.id!r}: its prompt has {len(prompt)} tokens, more than --max_prompt_length "
-            f"{args.max_prompt_length}"
-        )
-    draft = Draft(q, i, dialect, seed_of(*run, q.id, i), prompt, len(prompt))
-    if opening := PREFIXES[args.mode]:
-        draft.append("given", encode(tokenizer, opening), opening)
-    return draft
-
-
-def check_prompts(
-    questions: list[Question], tokenizer: PreTrainedTokenizerBase, args: RolloutArgs, model: Any = None
-) -> None:
-    """Raise DataError for the first question whose prompt is too long, before any work.
-
-    So is one that leaves less room among the model's positions than `--max_completion_length`.
-    """
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    for q in questions:
-        prompt = start_draft(q, 0, tokenizer, args, ()).prompt_len
-        if positions and prompt + args.max_completion_length > positions:
-            raise DataError(
-                f"question {q.id!r}: its prompt of {prompt} tokens and --max_completion_length "
-                f"{args.max_completion_length} are more than the model's {positions} positions"
-            )
 
 
 def to_trajectory(draft: Draft, tokenizer: PreTrainedTokenizerBase) -> Trajectory:

@@ -60,8 +60,7 @@ class ModelArgs:
             raise ValueError("--model_name_or_path is required")
         self.model_name_or_path = adapter_of(self.model_name_or_path)
         if self.dtype == "auto":  # resolved here: transformers would stumble over "auto" beside an adapter's files
-            gpu = torch.cuda.is_available() or getattr(self, "dry_run_gb", 0)  # device() would take GPU 0 for all
-            self.dtype = "bfloat16" if gpu else "float32"
+            self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # device() would take GPU 0 for all
         check_numbers(self)
         require_positive(self, "lora_r", "lora_alpha")
         if "lm_head" in self.lora_target_modules:
@@ -80,14 +79,14 @@ def schedule(
     return get_scheduler(name, optimizer, int(warmup_ratio * steps), steps)
 
 
-def adamw(model: torch.nn.Module, name: OptimizerName, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def adamw(model: torch.nn.Module, name: OptimizerName, lr: float) -> torch.optim.Optimizer:
     """AdamW over the trained parameters; adamw_8bit keeps its two moments in 8 bits per value, block by block."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if name == "adamw":
-        return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+        return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(trained, lr=lr, weight_decay=weight_decay)
+    return AdamW8bit(trained, lr=lr, weight_decay=0.0)
 
 
 def adapter_of(path: str) -> str:

@@ -27,8 +27,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets
 STARTED = ("config.json", "env.json")  # what a run folder holds before anything is computed
 # may differ when a run goes on, which may also have moved
 NOT_CONFIG = {
-    "output", "output_dir", "overwrite", "report_to", "resume_from_checkpoint", "dry_run", "dry_run_gb", "base_url",
-    "workers",
+    "output", "output_dir", "overwrite", "report_to", "base_url", "workers", "evaluate",
 }  # fmt: skip
 
 
@@ -169,13 +168,9 @@ def tracker(report_to: str, directory: Path, config: dict) -> Callable[[dict, in
     """Optional tracker behind one function (metrics, step); metrics.jsonl is written in any case."""
     if report_to == "none" or distributed.rank() > 0:
         return lambda metrics, step: None
-    if report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+    import wandb
 
-        writer = SummaryWriter(directory / "tensorboard")
-        return lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()] and None
-    module = importlib.import_module(report_to)  # wandb and trackio share this interface
-    run = module.init(project="tare", name=directory.name, config=config)
+    run = wandb.init(project="tare", name=directory.name, config=config)
     return lambda metrics, step: run.log({**metrics, "step": step})
 
 
@@ -195,6 +190,13 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def drop_torn_line(path: Path) -> None:
+    """Remove the last line of a file whose writer was killed in the middle of it."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if text and not text.endswith("\n"):
+        write_text(path, text[: text.rfind("\n") + 1])
 
 
 def shuffled(n: int, *seed_parts: Any) -> list[int]:

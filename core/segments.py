@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 from core.trajectory import UNCLOSED, Trajectory
 
 Segment = Literal["reasoning", "with_call", "think"]
-DeltaForm = Literal["difference", "ratio"]
 
 
 class Turn(NamedTuple):
@@ -75,17 +74,16 @@ def segment_entropies(t: Trajectory, segment: Segment = "reasoning", entropy: li
     return [*means, nan] if turns[-1].closed else means
 
 
-def entropy_changes(entropies: list[float], form: DeltaForm = "difference") -> list[float]:
-    """ΔH_k = H(r_k) − H(r_{k−1}) of each call, or ΔH_k / (H(r_{k−1}) + 1e-8); nan where a segment is empty."""
-    pairs = pairwise(entropies)
-    return [after - before if form == "difference" else (after - before) / (before + 1e-8) for before, after in pairs]
+def entropy_changes(entropies: list[float]) -> list[float]:
+    """ΔH_k = H(r_k) − H(r_{k−1}) of each call; nan where a segment is empty."""
+    return [after - before for before, after in pairwise(entropies)]
 
 
-def reducing(entropies: list[float], margin: float = 0.0, form: DeltaForm = "difference") -> list[bool]:
+def reducing(entropies: list[float], margin: float = 0.0) -> list[bool]:
     """I_k = 1[ΔH_k < −margin] of each call; False where a segment is empty. ValueError without any segment."""
     if not entropies:
         raise ValueError("n calls have n + 1 segment entropies, got none at all")
-    return [change < -margin for change in entropy_changes(entropies, form)]
+    return [change < -margin for change in entropy_changes(entropies)]
 
 
 def mean_entropy(t: Trajectory) -> float:

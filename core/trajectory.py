@@ -24,6 +24,19 @@ class DataError(ValueError):
 
 
 @dataclass
+class Question:
+    """One question. gold: a string, a list of aliases, or (task function) a list of admissible calls."""
+
+    id: str
+    question: str
+    gold: Any
+    task: Task
+    tools: list[dict] | None = None  # declared functions (OpenAI-style schemas), hermes dialect
+    system: str | None = None  # a system message that came with the row; replaces the rollout's own
+    meta: dict = field(default_factory=dict)  # the row's other short fields: family, min_tool_calls, known, …
+
+
+@dataclass
 class Span:
     """Half-open token interval [start, end) of `Trajectory.token_ids`."""
 

@@ -7,28 +7,14 @@ kinds. A row without an id gets its number in the file.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from core.trajectory import DataError, Task, read_jsonl
+from core.trajectory import DataError, Question, Task, read_jsonl
 
 ID_KEYS = ("id", "qid", "question_id")
 QUESTION_KEYS = ("question", "problem", "instruction")
 ANSWER_KEYS = ("answer", "golden_answers", "ground_truth", "solution")
-
-
-@dataclass
-class Question:
-    """One question. gold: a string, a list of aliases, or (task function) a list of admissible calls."""
-
-    id: str
-    question: str
-    gold: Any
-    task: Task
-    tools: list[dict] | None = None  # declared functions (OpenAI-style schemas), hermes dialect
-    system: str | None = None  # a system message that came with the row; replaces the rollout's own
-    meta: dict = field(default_factory=dict)  # the row's other short fields: family, min_tool_calls, known, …
 
 
 def load_questions(source: str, task: str = "auto", limit: int = 0, split: str = "train") -> list[Question]:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from core.conversation import Draft, RolloutArgs, start_draft
+from core.conversation import Draft
 from core.run import seed_of
-from core.trajectory import Trajectory
-from data.questions import Question
+from core.trajectory import Question, Trajectory
+from engines.args import SamplingArgs
+from engines.turns import start_draft
 
 OPENING = 20  # most tokens of a segment that are compared
 BASE, WEIGHT = 0.5, 0.2  # probability of a branch: BASE + WEIGHT ΔH
@@ -51,7 +52,7 @@ class Tree:
         return draft
 
 
-def plant(question: Question, tokenizer: PreTrainedTokenizerBase, args: RolloutArgs, run: tuple) -> Tree:
+def plant(question: Question, tokenizer: PreTrainedTokenizerBase, args: SamplingArgs, run: tuple) -> Tree:
     """The tree of a question with its initial rollouts: N0 of G with branching (default half of them), else all G."""
     tree, first = Tree(question, args.num_generations), args.num_generations
     if args.branching != "none":
@@ -106,7 +107,7 @@ def entropy_share(scores: Tensor) -> Tensor:
     return torch.special.entr(scores.float().softmax(dim=-1)).sum(dim=-1) / log(scores.shape[-1])
 
 
-def grow(tree: Tree, tokenizer: PreTrainedTokenizerBase, args: RolloutArgs, run: tuple) -> list[Draft]:
+def grow(tree: Tree, tokenizer: PreTrainedTokenizerBase, args: SamplingArgs, run: tuple) -> list[Draft]:
     """Drafts that the tree starts now: children after the results that all have got past, in the end fresh rollouts."""
     before = len(tree.drafts)
     while not tree.full:

@@ -27,12 +27,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from core.conversation import Draft, RolloutArgs, ToolBox
+from core.conversation import Draft
 from core.model import causal_lm, sampling_mode
 from core.parse import STOPS
+from engines.args import SamplingArgs
 from engines.branching import OPENING, entropy_share, note_segment
 from engines.slot_cache import CALL, WIDTH, Group, SlotCache, causal_mask, round_up, slot_attention, slot_plan
-from rollout import (
+from engines.toolbox import ToolBox
+from engines.turns import (
     closes_tag,
     closing_tokens,
     collect_results,
@@ -70,7 +72,7 @@ class Engine:
         model: torch.nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         drafts: list[Draft],
-        args: RolloutArgs,
+        args: SamplingArgs,
         toolbox: ToolBox,
         pool: Executor,
     ):
@@ -95,7 +97,7 @@ class Engine:
 
     def enqueue(self, draft: Draft) -> None:
         """Put a draft into the queue, unless it is finished or has no budget left."""
-        end_if_spent(draft, self.args)
+        end_if_spent(draft, self.args.max_completion_length)
         if draft.finish is None:
             self.queue.append(draft)
             if draft.cache is None:
@@ -239,7 +241,7 @@ class Engine:
     def go_on(self, i: int) -> None:
         """Next turn of a slot, or free it if its draft is finished or has no budget left."""
         draft, self.turned = self.slots[i].draft, True
-        end_if_spent(draft, self.args)
+        end_if_spent(draft, self.args.max_completion_length)
         if draft.finish is not None:
             self.slots[i] = None
 
@@ -250,7 +252,7 @@ class Engine:
         done = [i for i, s in enumerate(self.slots) if s and s.calls and all(f.done() for f in s.calls)]
         for i in done:
             slot = self.slots[i]
-            collect_results([(slot.draft, slot.calls)], self.args, self.tokenizer)
+            collect_results([(slot.draft, slot.calls)], self.args.max_completion_length, self.tokenizer)
             slot.calls, slot.feed = [], deque(slot.draft.ids[slot.length :])
             self.go_on(i)
         self.prefill([i for i in done if self.slots[i] and len(self.slots[i].feed) > IN_STEP])
@@ -274,7 +276,7 @@ def complete(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     drafts: list[Draft],
-    args: RolloutArgs,
+    args: SamplingArgs,
     toolbox: ToolBox,
     more: Callable[[], list[Draft]] = list,
 ) -> Counter:

@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from core.conversation import Draft, RolloutArgs, ToolBox, encode
+from core.conversation import Draft, encode
 from core.model import load_tokenizer
 from core.parse import STOPS
 from core.run import seed_of
 from core.trajectory import DataError
-from rollout import Pending, closing_tokens, collect_results, end_if_spent, eos_ids, submit_calls, turn_length
+from engines.args import SamplingArgs
+from engines.toolbox import ToolBox
+from engines.turns import Pending, closing_tokens, collect_results, end_if_spent, eos_ids, submit_calls, turn_length
 from tools.client import ServerError, request_json
 
 TIMEOUT = 600.0  # seconds per turn
@@ -49,7 +51,7 @@ def connect(args: Any) -> tuple[Server, PreTrainedTokenizerBase]:
 
 
 def complete(
-    server: Server, tokenizer: PreTrainedTokenizerBase, drafts: list[Draft], args: RolloutArgs, toolbox: ToolBox
+    server: Server, tokenizer: PreTrainedTokenizerBase, drafts: list[Draft], args: SamplingArgs, toolbox: ToolBox
 ) -> None:
     """Sample every draft to its end. DataError if the server fails; what was finished by then stays finished.
 
@@ -64,7 +66,7 @@ def complete(
         while queue or asked or called:
             while queue and len(asked) + len(called) < args.rollout_batch_size:
                 d = queue.popleft()
-                end_if_spent(d, args)
+                end_if_spent(d, args.max_completion_length)
                 if d.finish is None:
                     asked[pool.submit(ask, server, request_of(d, server, tokenizer, args))] = d
             wait([*asked, *(f for _, fs in called for f in fs if not f.done())], return_when=FIRST_COMPLETED)
@@ -82,7 +84,7 @@ def complete(
             done = [all(f.done() for f in fs) for _, fs in called]
             back = [pair for pair, over in zip(called, done) if over]
             called = [pair for pair, over in zip(called, done) if not over]
-            collect_results(back, args, tokenizer)
+            collect_results(back, args.max_completion_length, tokenizer)
             queue.extendleft(d for d, _ in back if d.finish is None)
             if failure:
                 queue.clear()
@@ -90,7 +92,7 @@ def complete(
         raise failure
 
 
-def request_of(d: Draft, server: Server, tokenizer: PreTrainedTokenizerBase, args: RolloutArgs) -> dict:
+def request_of(d: Draft, server: Server, tokenizer: PreTrainedTokenizerBase, args: SamplingArgs) -> dict:
     """The completion request for a draft's next turn.
 
     The prompt is text if the server's tokenizer will make the draft's ids of it, and the ids where it would not (what
@@ -127,7 +129,7 @@ def ask(server: Server, body: dict) -> dict:
 
 
 def add_turn(
-    d: Draft, choice: dict, server: Server, tokenizer: PreTrainedTokenizerBase, eos: set[int], args: RolloutArgs
+    d: Draft, choice: dict, server: Server, tokenizer: PreTrainedTokenizerBase, eos: set[int], args: SamplingArgs
 ) -> None:
     """Append a turn to its draft; DataError if it is empty or the server's ids are not those of our tokenizer."""
     budget = args.max_completion_length - d.response_len

@@ -2,22 +2,17 @@
 
 Exact in the calibration world, where a question says how many calls it needs (`meta["min_tool_calls"]`); elsewhere by
 what can be read off the text: repeated calls, and results of which nothing is used later. Functions take trajectories
-and the correctness of each; `python -m eval.behaviour T.jsonl [--output DIR]` prints the rates of a trajectory file and
-the preliminary analyses of ET-Agent sec. 3 (PAPERS A6): failed calls, and the spread of calls among correct answers.
-With `--entropy` it makes the pilot analysis of entropy reduction instead (experiments/entropy_pilot.py).
+and the correctness of each; `python -m eval.evaluate` prints their rates.
 """
 
-import argparse
 import json
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 from statistics import fmean
 
 from core.parse import parse_calls, spans_of
-from core.trajectory import UNCLOSED, DataError, ToolCall, Trajectory, load_trajectories
-from data.world.noise import fact_of, fits
+from core.trajectory import UNCLOSED, ToolCall, Trajectory
+from data.world.passages import fact_of, fits
 from eval.metrics import normalise_answer
 
 CORRECT = 0.8  # a trajectory is correct above this (QA F1 as in the released flywheel; math and functions are 0 or 1)
@@ -226,65 +221,3 @@ def call_spread(trajectories: list[Trajectory], correctness: list[float]) -> dic
         if c > CORRECT:
             calls.setdefault(t.question_id, []).append(t.n_calls)
     return dict(sorted(Counter(max(n) - min(n) for n in calls.values() if len(n) > 1).items()))
-
-
-# ---- command line ----------------------------------------------------------------------------------------------------
-
-
-def report(trajectories: list[Trajectory]) -> dict:
-    """Rates over all trajectories and per family (else per task), and the two histograms."""
-    from eval.grader import score  # starts a process for math questions; the functions above need none
-
-    scores = {id(t): score(t)[0] for t in trajectories}
-    sets = {"all": trajectories}
-    for t in trajectories:
-        sets.setdefault(t.family, []).append(t)
-    table = {}
-    for name, members in sets.items():
-        graded = [scores[id(t)] for t in members]
-        calls = fmean(t.n_calls for t in members)
-        table[name] = {"n": len(members), "correctness": fmean(graded), "calls": calls, **rates(members, graded)}
-    graded = [scores[id(t)] for t in trajectories]
-    return {
-        "rates": table,
-        "failed_calls": failure_histogram(trajectories),
-        "call_spread_of_correct": call_spread(trajectories, graded),
-    }
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="eval.behaviour", description=__doc__, allow_abbrev=False)
-    parser.add_argument("trajectories", help="trajectory file (jsonl)")
-    parser.add_argument("--output", help="folder for behaviour.json, or for the pilot's files (--entropy)")
-    parser.add_argument("--entropy", action="store_true", help="what calls change in the entropy of the next segment")
-    parser.add_argument("--segment", choices=("reasoning", "with_call", "think"), default="reasoning")
-    parser.add_argument("--delta_margin", type=float, default=0.0, help="a call counts as reducing below −margin")
-    parser.add_argument("--delta_form", choices=("difference", "ratio"), default="difference")
-    parser.add_argument("--model_name_or_path", help="computes entropies that the trajectories do not have")
-    args = parser.parse_args(argv)
-    try:
-        trajectories = load_trajectories(args.trajectories)
-        if not trajectories:
-            raise DataError(f"{args.trajectories}: holds no trajectories")
-        if args.entropy:
-            from experiments.entropy_pilot import pilot  # here, because it builds on this module
-
-            print(pilot(trajectories, args))
-            return
-    except DataError as e:
-        parser.error(str(e))
-    from core.run import table, write_text
-
-    result = report(trajectories)
-    columns = list(result["rates"]["all"])
-    print(table(["", *columns], [[name, *row.values()] for name, row in result["rates"].items()]))
-    print("\nfailed calls -> trajectories:", result["failed_calls"])
-    print("spread of calls among correct trajectories -> questions:", result["call_spread_of_correct"])
-    if args.output:
-        folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "behaviour.json", json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

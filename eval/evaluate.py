@@ -1,10 +1,9 @@
-"""Evaluate: the metrics of PAPERS A6 and the behaviour rates of a trajectory file, or of a model on questions.
+"""Evaluate a trajectory file: the metrics of PAPERS A6, behaviour rates, and the analyses of ET-Agent sec. 3.
 
     python -m eval.evaluate --trajectories T.jsonl --output DIR
-    python -m eval.evaluate --model_name_or_path M --data Q.jsonl --index DIR --output DIR
 
-Writes DIR/metrics.json (overall, per family or task, and per number of terms where rows have them; no wall-clock in
-it), and DIR/trajectories.jsonl if it sampled.
+Writes DIR/metrics.json: overall, per family or task, and per number of terms where rows have them; no wall-clock in
+it. `rollout.py --evaluate` does the same with what it has sampled.
 """
 
 import json
@@ -14,12 +13,11 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-import rollout
-from core.args import arg, cli, flags_of
+from core.args import arg, check_numbers, cli
 from core.run import table, write_text
 from core.trajectory import DataError, Trajectory, load_trajectories
-from eval.behaviour import needed_calls, rates
-from eval.grader import score
+from eval.behaviour import call_spread, failure_histogram, needed_calls, rates
+from eval.grader import grade
 from eval.metrics import acu, efficiency, exact_match, extract_answer, f1_et, reasoning_length, successful_execution
 
 COLUMNS = (
@@ -29,35 +27,32 @@ COLUMNS = (
 
 
 @dataclass
-class Args(rollout.Args):
-    """Flags of evaluation: those of rollout.py (G = 1 by default), and the file to evaluate instead."""
+class Args:
+    """Flags of evaluation."""
 
-    trajectories: str = arg("", "trajectory file to evaluate; else --model_name_or_path and --data are sampled first")
-    output: str = arg("", "folder for metrics.json (and trajectories.jsonl) (required)")
-    num_generations: int = arg(1, "G, trajectories per question")
+    trajectories: str = arg("", "trajectory file to evaluate, from rollout.py or a flywheel's pool (required)")
+    output: str = arg("", "folder for metrics.json (required)")
     billion_parameters: float = arg(0.0, "size of the model; > 0 adds acu, points / (billions · hundreds of tokens)")
 
     def __post_init__(self):
-        if not self.output:
-            raise ValueError("--output is required")
-        if not self.trajectories:
-            super().__post_init__()
-        elif given := next((n for n in ("model_name_or_path", "data") if getattr(self, n)), None):
-            raise ValueError(f"--{given} {getattr(self, given)}: not with --trajectories, which are already sampled")
+        if not self.trajectories or not self.output:
+            raise ValueError("--trajectories and --output are required")
+        check_numbers(self)
 
 
 def main(args: Args) -> dict:
     """Evaluate, print the table, write metrics.json and return its content."""
-    if args.trajectories:
-        trajectories = load_trajectories(args.trajectories)
-        if not trajectories:
-            raise DataError(f"--trajectories {args.trajectories}: holds no trajectories")
-    else:
-        flags = flags_of(rollout.Args, args) | {"output": str(Path(args.output) / "trajectories.jsonl")}
-        trajectories = rollout.main(rollout.Args(**flags))
-    metrics = evaluate(trajectories, args.billion_parameters)
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    write_text(Path(args.output) / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    trajectories = load_trajectories(args.trajectories)
+    if not trajectories:
+        raise DataError(f"--trajectories {args.trajectories}: holds no trajectories")
+    return write_metrics(trajectories, Path(args.output, "metrics.json"), args.billion_parameters)
+
+
+def write_metrics(trajectories: list[Trajectory], path: Path, billion_parameters: float = 0.0) -> dict:
+    """Evaluate, print the table, write the metrics to a json file and return them."""
+    metrics = evaluate(trajectories, billion_parameters)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(metrics, indent=1) + "\n")
     print(metrics_table({"all": metrics["all"], **metrics["families"], **metrics["subsets"]}))
     return metrics
 
@@ -65,10 +60,11 @@ def main(args: Args) -> dict:
 def evaluate(trajectories: list[Trajectory], billion_parameters: float = 0.0) -> dict:
     """{"all": metrics, "families": {name: metrics}, "subsets": …}; the family is the row's, else its task.
 
-    subsets: the families whose rows have a number of `terms` (running_sum), by that number. billion_parameters > 0
-    adds `acu` to every set.
+    subsets: the families whose rows have a number of `terms` (running_sum), by that number. failed_calls: trajectories
+    by their failed calls; call_spread_of_correct: questions by max − min calls of their correct trajectories
+    [2601.06860, sec. 3]. billion_parameters > 0 adds `acu` to every set.
     """
-    scored = [(t, *score(t)) for t in tqdm(trajectories, desc="grade", unit="trajectory", leave=False)]
+    scored = [(t, *grade(t)) for t in tqdm(trajectories, desc="grade", unit="trajectory", leave=False)]
     families: dict[str, list] = {}
     subsets: dict[str, list] = {}
     for row in scored:
@@ -80,6 +76,8 @@ def evaluate(trajectories: list[Trajectory], billion_parameters: float = 0.0) ->
         "all": _metrics(scored, billion_parameters),
         "families": {name: _metrics(rows, billion_parameters) for name, rows in sorted(families.items())},
         "subsets": {name: _metrics(rows, billion_parameters) for name, rows in sorted(subsets.items())},
+        "failed_calls": failure_histogram(trajectories),
+        "call_spread_of_correct": call_spread(trajectories, [s for _, s, _ in scored]),
     }
 
 

@@ -20,7 +20,7 @@ def correctness(trajectory: Trajectory) -> float:
     return f1(answer, trajectory.gold)
 
 
-def score(trajectory: Trajectory) -> tuple[float, bool]:
+def grade(trajectory: Trajectory) -> tuple[float, bool]:
     """(S, well formed) as rewards, flywheel and evaluation use them [PAPERS, details fixed for all three].
 
     A trajectory that ran out of tokens or calls scores 0 and is malformed, whatever it answered.

@@ -17,6 +17,7 @@ from core.run import table, write_text
 from core.segments import Segment
 from core.trajectory import Trajectory
 from data.questions import load_questions
+from data.world import __main__ as world
 from data.world import facts
 from eval import behaviour
 from eval.evaluate import evaluate
@@ -64,7 +65,7 @@ class Job(NamedTuple):
         if not path.exists():
             families, size, seed = QUESTIONS[part]
             flags = ["--questions", str(getattr(self.args, size)), "--seed", str(seed + self.seed)]
-            facts.main([*flags, "--preset", self.args.preset, "--families", families, "--output", str(path)])
+            world.main([*flags, "--preset", self.args.preset, "--families", families, "--output", str(path)])
         return str(path)
 
     def rl(self, stage: str, start: str, data: str, **flags: Any) -> str:

@@ -28,7 +28,7 @@ from data.world.facts import EASY_TERMS, World, questions
 from data.world.noise import MIX
 from eval.behaviour import insufficient, redundant_calls
 from eval.evaluate import evaluate
-from eval.grader import score
+from eval.grader import grade
 from experiments.claim_list import VARIANTS, WORLDS, Variant
 from experiments.entropy_pilot import analyse, fill_entropies
 from experiments.shared import EVAL_SEED, PROBES, RL_SAMPLING, SAMPLING, hard_ids
@@ -142,7 +142,7 @@ def run_cell(cell: Cell, args: Any) -> dict:
         fill_entropies(trajectories, cell.jobs[-1].flags["model_name_or_path"])
         own = next((job.flags for job in cell.jobs[::-1] if "delta_margin" in job.flags), {})
         how = {("reasoning", 0.0), (own.get("segment", "reasoning"), own.get("delta_margin", 0.0))}
-        scores = [score(t)[0] for t in trajectories]
+        scores = [grade(t)[0] for t in trajectories]
         row["entropy"] = [analyse(trajectories, scores, *settings)[0] for settings in sorted(how)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(row) + "\n")
@@ -229,7 +229,7 @@ def measure(trajectories: list[Trajectory], hard: set[str] | None) -> dict:
     """
     result = evaluate(trajectories)
     trajectories = sorted(trajectories, key=lambda t: t.question_id)
-    correct = [score(t)[0] for t in trajectories]
+    correct = [grade(t)[0] for t in trajectories]
     columns = {
         "correctness": [round(c, 4) for c in correct],
         "calls": [t.n_calls for t in trajectories],

@@ -1,8 +1,8 @@
 """Runs the claims of the three papers, cell by cell, and writes the table of what held and what did not.
 
-    python experiments/claims.py --list                                    cells done and missing, expected minutes
-    python experiments/claims.py --only et_behaviour_reward --workers 2    the cells of some claims
-    python experiments/claims.py --full --max_minutes 120 --workers 2      all of them, for two hours; the next call goes on
+    python -m experiments.claims --list                                    cells done and missing, expected minutes
+    python -m experiments.claims --only et_behaviour_reward --workers 2    the cells of some claims
+    python -m experiments.claims --full --max_minutes 120 --workers 2      all of them, for two hours; the next call goes on
 
 1. Every claim of experiments/claim_list.py needs cells: its variants, each with seeds 0 … N−1, on the same held-out questions.
 2. What is missing runs in `--workers` processes of one thread each (experiments/claim_cells.py), most valuable claims first.

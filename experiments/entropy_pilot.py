@@ -1,6 +1,6 @@
 """The pilot of entropy reduction: whether ΔH tells needed calls from others, and right answers from wrong ones.
 
-    python -m eval.behaviour --entropy T.jsonl --output DIR [--model_name_or_path M] [--segment S] [--delta_margin 0]
+    python -m experiments.entropy_pilot --trajectories T.jsonl --output DIR [--model_name_or_path M] [--segment S]
 
 On a file of trajectories with token entropies (or with the model that computes them, at T = 1) [2602.02050; PAPERS C1]:
 share of entropy-reducing calls, ΔH by label, tool, correctness and family, AUC of −ΔH for "needed", correlations, each
@@ -9,6 +9,7 @@ with a 95 % bootstrap interval over questions; entropy_pilot.json, entropy_pilot
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,10 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from core.args import arg, check_numbers, cli
+from core.model import ModelArgs, device, load_policy, token_entropies
 from core.run import table, write_text
-from core.segments import DeltaForm, Segment, calls_by_turn, entropy_changes, reducing, segment_entropies
-from core.trajectory import DataError, Trajectory
+from core.segments import Segment, calls_by_turn, entropy_changes, reducing, segment_entropies
+from core.trajectory import DataError, Trajectory, load_trajectories
 from eval.behaviour import CORRECT, call_labels
+from eval.grader import grade
 
 LABELS = ("needed", "redundant", "repeated", "failed")
 RESAMPLES = 1000
@@ -43,13 +47,12 @@ def calls_of(
     correctness: list[float],
     segment: Segment = "reasoning",
     margin: float = 0.0,
-    form: DeltaForm = "difference",
 ) -> list[Call]:
     """Every call of the trajectories; several calls in one turn are one, labelled and named by the first."""
     calls = []
     for t, s in zip(trajectories, correctness, strict=True):
         entropies, labels = segment_entropies(t, segment), call_labels(t)
-        changes, indicators = entropy_changes(entropies, form), reducing(entropies, margin, form)
+        changes, indicators = entropy_changes(entropies), reducing(entropies, margin)
         answer = "right" if s > CORRECT else "wrong"
         for found, before, change, reduces in zip(calls_by_turn(t), entropies, changes, indicators):
             label, name = labels[found.start], t.tool_calls[found.start].name
@@ -117,19 +120,18 @@ def analyse(
     correctness: list[float],
     segment: Segment = "reasoning",
     margin: float = 0.0,
-    form: DeltaForm = "difference",
     seed: int = 0,
 ) -> tuple[dict, list[Call]]:
     """(the whole analysis as plain numbers, the calls). AUC: needed against redundant and repeated calls."""
-    calls = calls_of(trajectories, correctness, segment, margin, form)
-    result: dict[str, Any] = {"segment": segment, "delta_margin": margin, "delta_form": form, "all": summary(calls)}
+    calls = calls_of(trajectories, correctness, segment, margin)
+    result: dict[str, Any] = {"segment": segment, "delta_margin": margin, "all": summary(calls)}
     for field in ("label", "tool", "answer", "family"):
         names = sorted({getattr(c, field) for c in calls}, key=lambda v: (LABELS.index(v) if v in LABELS else 0, v))
         result[field] = {name: summary([c for c in calls if getattr(c, field) == name]) for name in names}
     judged = [c for c in calls if c.label != "failed" and not isnan(c.change)]
     scores, needed = np.array([-c.change for c in judged]), np.array([c.label == "needed" for c in judged], dtype=bool)
     result["auc_needed"] = with_interval(auc, scores, needed, [c.question_id for c in judged], seed)
-    rows = [(t, s, reducing(segment_entropies(t, segment), margin, form)) for t, s in zip(trajectories, correctness)]
+    rows = [(t, s, reducing(segment_entropies(t, segment), margin)) for t, s in zip(trajectories, correctness)]
     called = [(t, s, found) for t, s, found in rows if found]
     pairs = {
         "reducing_share_and_correctness": [(t.question_id, fmean(found), s) for t, s, found in called],
@@ -145,8 +147,6 @@ def analyse(
 
 def fill_entropies(trajectories: list[Trajectory], model_name_or_path: str, batch_size: int = 32) -> None:
     """Give every trajectory without token entropies those of a model at T = 1, in nats."""
-    from core.model import ModelArgs, device, load_policy, token_entropies
-
     model, tokenizer = load_policy(ModelArgs(model_name_or_path=model_name_or_path), trainable=False)
     model.to(device()).eval()
     for t, values in zip(trajectories, token_entropies(trajectories, model, tokenizer.pad_token_id, batch_size)):
@@ -156,12 +156,27 @@ def fill_entropies(trajectories: list[Trajectory], model_name_or_path: str, batc
 # ---------------------------------------------------------------------------------------------------- report
 
 
-def pilot(trajectories: list[Trajectory], args: Any) -> str:
-    """What `eval.behaviour --entropy` does; returns the markdown. DataError where entropies are missing."""
-    from eval.grader import score  # starts a process for math questions
+@dataclass
+class Args:
+    """Flags of the pilot."""
 
-    if not args.output:
-        raise DataError("--entropy needs --output")
+    trajectories: str = arg("", "trajectory file (required)")
+    output: str = arg("", "folder for tables and figures (required)")
+    segment: Segment = arg("reasoning", "which tokens between two tool results make a segment")
+    delta_margin: float = arg(0.0, "a call counts as reducing below −margin, in nats")
+    model_name_or_path: str = arg("", "computes entropies that the trajectories do not have")
+
+    def __post_init__(self):
+        if not self.trajectories or not self.output:
+            raise ValueError("--trajectories and --output are required")
+        check_numbers(self)
+
+
+def main(args: Args) -> str:
+    """Write tables and figures of a trajectory file; returns the markdown. DataError where entropies are missing."""
+    trajectories = load_trajectories(args.trajectories)
+    if not trajectories:
+        raise DataError(f"--trajectories {args.trajectories}: holds no trajectories")
     if args.model_name_or_path:
         fill_entropies(trajectories, args.model_name_or_path)
     if missing := next((t for t in trajectories if t.entropy is None), None):
@@ -169,9 +184,9 @@ def pilot(trajectories: list[Trajectory], args: Any) -> str:
             f"{args.trajectories}: trajectory {missing.question_id}/{missing.sample_idx} has no field 'entropy'; "
             "name the model that sampled it by --model_name_or_path"
         )
-    correctness = [score(t)[0] for t in trajectories]
+    correctness = [grade(t)[0] for t in trajectories]
     return write_pilot(
-        Path(args.output), *analyse(trajectories, correctness, args.segment, args.delta_margin, args.delta_form)
+        Path(args.output), *analyse(trajectories, correctness, args.segment, args.delta_margin)
     )
 
 
@@ -191,7 +206,7 @@ def write_pilot(folder: Path, result: dict, calls: list[Call]) -> str:
         [
             "# Entropy reduction of tool calls",
             "",
-            f"Segment {result['segment']}, {result['delta_form']}, margin {result['delta_margin']}; entropies in nats;",
+            f"Segment {result['segment']}, margin {result['delta_margin']}; entropies in nats;",
             "reducing = share of calls with I = 1; intervals: 95 %, bootstrap over questions.",
             "",
             table(["calls", *columns], shown),
@@ -221,7 +236,7 @@ def _figures(folder: Path, result: dict, calls: list[Call]) -> None:
                 axis.hist(values, bins, alpha=0.5, density=True, label=f"{name} ({len(values)})")
                 axis.legend(frameon=False)
         axis.axvline(0, color="black", linewidth=0.5)
-        axis.set_xlabel("ΔH of the call" + (" (nats)" if result["delta_form"] == "difference" else " (share)"))
+        axis.set_xlabel("ΔH of the call (nats)")
     axes[0].set_ylabel("density of calls")
     save(figure, folder / "entropy_changes.png")
     figure, axis = pyplot().subplots(figsize=(3.8, 3.6))
@@ -235,3 +250,7 @@ def _figures(folder: Path, result: dict, calls: list[Call]) -> None:
     axis.set_xlabel("share of other calls")
     axis.set_ylabel("share of needed calls")
     save(figure, folder / "entropy_roc.png")
+
+
+if __name__ == "__main__":
+    cli(main, Args)

@@ -18,15 +18,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from core.args import RunArgs, arg, cli, require_positive
-from core.conversation import RolloutArgs, ToolBox, open_tools, to_trajectory
+from core.conversation import to_trajectory
 from core.model import ModelArgs
-from core.run import seed_of, start_run, table
-from core.trajectory import DataError, Trajectory, load_trajectories
-from data.questions import Question
+from core.run import drop_torn_line, seed_of, start_run, table
+from core.trajectory import DataError, Question, Trajectory, load_trajectories
+from engines.toolbox import ToolBox, open_tools
 from eval.behaviour import CORRECT
-from eval.grader import score
+from eval.grader import grade
 from methods.operators import inject_hints
-from rollout import complete, drop_torn_line, load_sampler
+from rollout import RolloutArgs, complete, load_sampler
 
 
 @dataclass
@@ -56,7 +56,7 @@ def main(args: Args) -> dict:
     trajectories = load_trajectories(args.trajectories)
     if not trajectories:
         raise DataError(f"--trajectories {args.trajectories}: holds no trajectories")
-    wrong = [t for t in tqdm(trajectories, desc="grade", unit="trajectory") if score(t)[0] <= CORRECT]
+    wrong = [t for t in tqdm(trajectories, desc="grade", unit="trajectory") if grade(t)[0] <= CORRECT]
     output = run.dir / "hinted.jsonl"
     done: list[Trajectory] = []
     if output.exists():
@@ -87,7 +87,7 @@ def hinted(
 ) -> list[Trajectory]:
     """Each trajectory after its hints, graded; one without a finished answer, or without room, stays as it was."""
     raised = replace(args, **args.more_calls(args.hints))
-    now = [replace(t, rewards={"correct": score(t)[0]}, meta=t.meta | {"hints": 0, "extra_calls": 0}) for t in wrong]
+    now = [replace(t, rewards={"correct": grade(t)[0]}, meta=t.meta | {"hints": 0, "extra_calls": 0}) for t in wrong]
     for hint in range(1, args.hints + 1):
         drafts = {}
         for i, t in enumerate(now):
@@ -105,7 +105,7 @@ def hinted(
             now[i] = replace(
                 t,
                 sample_idx=wrong[i].sample_idx,
-                rewards={"correct": score(t)[0]},
+                rewards={"correct": grade(t)[0]},
                 meta=t.meta | {"hints": hint, "extra_calls": extra},
             )
     return now

@@ -1,9 +1,9 @@
 """The main job: the three methods in the calibration world, from the shipped base to one report.
 
-    ./reproduce.sh                      (or: python experiments/reproduce.py) one seed, on two cores
-    python experiments/reproduce.py --seeds 5       mean and standard deviation over paired seeds
-    python experiments/reproduce.py --quick         a smoke run of the same path
-    python experiments/reproduce.py --full          the claims: variants × seeds, cell by cell (experiments/claims.py)
+    ./reproduce.sh                      (or: python -m experiments.reproduce) one seed, on two cores
+    python -m experiments.reproduce --seeds 5       mean and standard deviation over paired seeds
+    python -m experiments.reproduce --quick         a smoke run of the same path
+    python -m experiments.reproduce --full          the claims: variants × seeds, cell by cell (experiments/claims.py)
 
 1. Evaluate the shipped base, which calls tools too often, too rarely and wrongly at known rates.
 2. GRPO from the base on the same questions with four rewards: outcome, ET-Agent, entropy reduction sparse and dense.
@@ -33,7 +33,7 @@ from core.args import RunArgs, arg, cli, require_positive
 from core.run import start_run, write_text
 from core.trajectory import DataError
 from data.questions import load_questions
-from data.world import facts
+from data.world import __main__ as world
 from eval.evaluate import COLUMNS, metrics_table
 from experiments import claims
 from experiments.chains import CHAINS, QUESTIONS, STAGES, SUM_NOTES, Job, analyses
@@ -53,7 +53,7 @@ class Args(RunArgs):
     preset: Literal["tiny", "small"] = arg("tiny", "size of the world: tiny for a CPU, small for a GPU")
     base: str = arg("", "base model folder; default: the preset's")
     quick: bool = arg(False, "few steps and questions: shows that the path works, not what it achieves")
-    full: bool = arg(False, "run the claims instead (python experiments/claims.py --full has more flags)")
+    full: bool = arg(False, "run the claims instead (python -m experiments.claims --full has more flags)")
     engine: Literal["hf", "fast"] = arg("fast", "sampler; both sample the same trajectories, up to ties")
     threads: int = arg(1, "CPU threads of each process; results are identical only for equal counts")
     workers: int = arg(2, "processes that train at once")
@@ -94,7 +94,7 @@ def main(args: Args) -> dict:
         raise DataError(f"--base {base}: no such folder; make it with: {command}")
     index = out / "index"
     if not index.exists():
-        facts.main(["--index", str(index), "--preset", args.preset])
+        world.main(["--index", str(index), "--preset", args.preset])
     seeds = range(args.seed, args.seed + args.seeds)
     jobs = [Job(out / f"seed-{seed}", base, str(index), seed, args) for seed in seeds]
     per_seed = run_chains(jobs, args.workers)

@@ -6,7 +6,7 @@ Their runs differ in length and in what stands before RL; only rows of one of th
 from statistics import fmean
 
 from core.trajectory import Trajectory, groups_of
-from eval.grader import score
+from eval.grader import grade
 
 EVAL_SEED = 10_000  # of held-out questions, their noise and their samples; training uses small seeds
 PROBES = 8  # no-think samples of the base per held-out sum
@@ -22,4 +22,4 @@ RL_SAMPLING = {"rollout_dtype": "float32"}  # of every RL run: samples from merg
 
 def hard_ids(probes: list[Trajectory]) -> set[str]:
     """Questions that fewer than HARD of their samples answer right."""
-    return {g[0].question_id for g in groups_of(probes) if fmean(score(t)[0] for t in g) < HARD}
+    return {g[0].question_id for g in groups_of(probes) if fmean(grade(t)[0] for t in g) < HARD}

@@ -1,8 +1,8 @@
 """Reward formulas of the papers as pure numbers, and the table that train_rl.py picks from.
 
 A formula takes plain numbers (of one trajectory, or lists over its group) and knows nothing of tokens or models.
-An adapter in `REWARDS` reads those lists from trajectories. A new reward is one function, one line in `REWARDS` and
-one entry in `RewardName`. Every reward is a dict of named terms; "total" is what is optimised, all are logged.
+An adapter in `REWARDS` reads those lists from trajectories. A new reward is one function and one line in `REWARDS`.
+Every reward is a dict of named terms; "total" is what is optimised, all are logged.
 """
 
 import math
@@ -14,9 +14,6 @@ from core.segments import calls_by_turn, reducing, segment_entropies
 from core.trajectory import Trajectory
 from eval.behaviour import CORRECT, call_labels
 
-RewardName = Literal[
-    "correct", "et_agent", "autotool", "entropy_sparse", "entropy_dense", "calls_penalty", "length_penalty"
-]
 Indicator = Literal["entropy", "reference", "oracle", "random"]
 
 
@@ -109,7 +106,6 @@ def call_indicators(group: list[Trajectory], a: Any) -> list[list[bool]]:
         reducing(
             segment_entropies(t, a.segment, t.ref_entropy if a.indicator == "reference" else t.entropy),
             a.delta_margin,
-            a.delta_form,
         )
         for t in group
     ]

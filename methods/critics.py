@@ -21,15 +21,13 @@ from core.conversation import Draft, encode, render_prompt
 from core.model import sampling_mode, token_entropies
 from core.parse import parse_calls, spans_of
 from core.segments import segment_entropies
-from core.trajectory import DataError, Trajectory
-from data.questions import Question
-from data.world.text import WORDY
+from core.trajectory import DataError, Question, Trajectory
+from data.world.passages import WORDY
+from engines.hf import generate_turn
 from eval.behaviour import call_labels, duplicate_calls, unused_calls
 from methods.operators import Finding, Step, steps_of, thoughts_of
-from rollout import generate_turn
 from tools.client import ServerError, request_json
 
-CriticName = Literal["model", "rule", "entropy"]
 Refusal = Literal["none", "malformed"]  # nothing to improve | an answer outside the format
 
 

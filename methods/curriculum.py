@@ -1,6 +1,6 @@
 """ET-Agent's curriculum RL [2601.06860, sec. 4.2.2, 4.2.3; PAPERS A3, A4]: rounds of sample → select → train.
 
-    python methods/curriculum.py --model_name_or_path out/rft --data Q.jsonl --index DIR --num_questions 500 --output_dir out/c
+    python -m methods.curriculum --model_name_or_path out/rft --data Q.jsonl --index DIR --num_questions 500 --output_dir out/c
 
 Round r = 1 … R starts from the policy that round r − 1 has left:
 1. sample  K trajectories of every question (rollout.py)             round-r/trajectories.jsonl
@@ -21,22 +21,23 @@ from core import distributed
 from core.args import arg, cli, flags_of, require_positive
 from core.run import seed_of, start_run, table
 from core.trajectory import DataError
+from grpo.rewards import REWARDS
 from methods import selection
-from methods.selection import SelectorName
+from methods.selection import SELECTORS
 
 
 @dataclass
 class Args(train_rl.Args):
     """Flags of the curriculum, and all of train_rl.py's for each of its rounds."""
 
-    reward: train_rl.RewardName = arg("et_agent", "what is optimised")
+    reward: Literal[tuple(REWARDS)] = arg("et_agent", "what is optimised")
     sigma_schedule: Literal["round", "linear", "fixed"] = arg(
         "round", "both σ: halved from round to round, falling to 0 within each round (ET-Agent's code), or as they are"
     )
     rounds: int = arg(3, "R, rounds (ET-Agent: 3)")
     select_generations: int = arg(16, "K, samples of a question that the selection sees (ET-Agent: 16)")
     num_questions: int = arg(0, "N, questions of a round (required, except for --selector all)")
-    selector: SelectorName = arg("pareto", "how the questions of a round are chosen")
+    selector: Literal[tuple(SELECTORS)] = arg("pareto", "how the questions of a round are chosen")
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,17 +48,12 @@ class Args(train_rl.Args):
             raise ValueError(
                 f"--num_questions {self.num_questions} is less than --questions_per_step {self.questions_per_step}"
             )
-        if self.resume_from_checkpoint:
-            raise ValueError("--resume_from_checkpoint: a curriculum starts from --model_name_or_path")
         if distributed.count() > 1:
             raise ValueError(f"the curriculum runs in one process, not {distributed.count()}; use train_rl.py for more")
 
 
 def main(args: Args) -> dict:
     """Run what is missing of every round; returns (and writes to result.json) what each has done."""
-    if args.dry_run:  # the RL of a round needs more memory than its sampling
-        print(f"{args.rounds} rounds, each samples {args.select_generations} answers per question, then trains:")
-        return train_rl.dry_run(args)
     run = start_run(args, (args.data,))
     if run.finished:
         print(f"{args.output_dir}: finished before\n{summary(run.finished)}")

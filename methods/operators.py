@@ -2,7 +2,7 @@
 
 A draft keeps the ids of the kept part verbatim, adds the edit tokenised once and is sampled to its end by rollout.py;
 edited model text gets loss_mask 1, an injected hint 0, and `sampled` is False. A new operator is one function and one
-line in OPERATORS (and an entry in OperatorName).
+line in OPERATORS.
 """
 
 import random
@@ -15,10 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from core.conversation import Draft, encode, token_starts
 from core.parse import escape_result, parse_calls, spans_of
-from core.trajectory import Trajectory
-from data.questions import Question
+from core.trajectory import Question, Trajectory
 
-OperatorName = Literal["redundant_modification", "global_refinement", "self_correction", "hint_injection"]
 THINK, END_THINK = "<think>", "</think>"
 HINTS = {  # appended inside a thought to ask for one more call; lower-case words a small model knows too
     "math": (

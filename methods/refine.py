@@ -1,6 +1,6 @@
 """AutoTool's data refinement for RL: balanced difficulty, then the steadiest rewards [2603.13348; PAPERS B2].
 
-    python methods/refine.py --trajectories probe-1.jsonl probe-2.jsonl --data Q.jsonl --output R.jsonl --num_questions 700
+    python -m methods.refine --trajectories probe-1.jsonl probe-2.jsonl --data Q.jsonl --output R.jsonl --num_questions 700
 
 Each file holds samples of the same questions from one probe epoch: rollouts of the checkpoints of a short RL run.
 1. Drop half of the questions that every sample of every epoch solves, and half of those that none solves.
@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from core.args import arg, cli, require_positive
 from core.run import seed_of, table, write_text
-from core.trajectory import DataError, groups_of, load_trajectories, write_jsonl
-from data.questions import Question, load_questions
+from core.trajectory import DataError, Question, groups_of, load_trajectories, write_jsonl
+from data.questions import load_questions
 from eval.behaviour import CORRECT
-from eval.grader import score
+from eval.grader import grade
 from grpo.advantages import MIN_STD
 from grpo.rewards import REWARDS
 from methods.selection import row_of
@@ -126,7 +126,7 @@ def read_probes(paths: list[str], questions: dict[str, Question], args: Args) ->
             question_id = group[0].question_id
             if question_id not in questions:
                 raise DataError(f"{path}: question_id {question_id!r} is not in --data")
-            correctness, formed = zip(*(score(t) for t in group))
+            correctness, formed = zip(*(grade(t) for t in group))
             terms = REWARDS[args.reward](group, list(correctness), list(formed), args)
             epochs.setdefault(question_id, []).append([t["total"] for t in terms])
             right.setdefault(question_id, []).extend(s > CORRECT for s in correctness)

@@ -1,6 +1,6 @@
 """Which questions to train on: group-wise Pareto sampling of ET-Agent [2601.06860, sec. 4.2.2; PAPERS A3] and controls.
 
-    python methods/selection.py --trajectories T.jsonl --data Q.jsonl --selector pareto --num_questions 1000 --output S.jsonl
+    python -m methods.selection --trajectories T.jsonl --data Q.jsonl --selector pareto --num_questions 1000 --output S.jsonl
 
 1. Grade the K trajectories of each question: S_corr = std of correctness, S_tool = std of the number of calls.
 2. Leave out questions without signal: all right or all wrong (QA: without an F1 >= 0.75 and one below).
@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from core.args import arg, cli
 from core.run import seed_of, table, write_text
-from core.trajectory import DataError, Task, Trajectory, read_jsonl, write_jsonl
-from data.questions import Question, load_questions
-from eval.grader import score
+from core.trajectory import DataError, Question, Task, Trajectory, read_jsonl, write_jsonl
+from data.questions import load_questions
+from eval.grader import grade
 
-SelectorName = Literal["all", "random", "pareto", "s_corr_only", "s_tool_only"]
 STATISTICS = ("n", "correctness", "calls", "S_corr", "S_tool")
 QA_RIGHT = 0.75  # F1 from which a QA trajectory counts as right here (the flywheel asks for more than 0.8)
 
@@ -140,7 +139,7 @@ class Group(NamedTuple):
         return min(right) < max(right)
 
 
-def select(groups: list[Group], selector: SelectorName, n: int, seed: int) -> list[int]:
+def select(groups: list[Group], selector: Literal[tuple(SELECTORS)], n: int, seed: int) -> list[int]:
     """Indices (ascending) into groups; every selector but `all` sees only groups with signal."""
     eligible = [i for i, g in enumerate(groups) if selector == "all" or g.has_signal]
     chosen = SELECTORS[selector]([groups[i].point for i in eligible], n, random.Random(seed_of(seed, "select")))
@@ -157,7 +156,7 @@ class Args:
     trajectories: str = arg("", "trajectory file with K samples of each question (required; ET-Agent K = 16)")
     data: str = arg("", "the questions they were sampled for: jsonl, verl parquet or dataset id (required)")
     output: str = arg("", "jsonl file for the selected questions (required)")
-    selector: SelectorName = arg("pareto", "how questions are chosen")
+    selector: Literal[tuple(SELECTORS)] = arg("pareto", "how questions are chosen")
     num_questions: int = arg(0, "N, questions to choose (required, except for --selector all)")
     task: Literal["auto", "math", "qa", "function"] = arg("auto", "task of all rows; auto = what the row says")
     split: str = arg("train", "split, if --data is a dataset id")
@@ -204,7 +203,7 @@ def read_groups(path: str, questions: dict[str, Question]) -> list[Group]:
         if t.question_id not in questions:
             raise DataError(f"{path}:{number}: question_id {t.question_id!r} is not in --data")
         group = groups.setdefault(t.question_id, Group(t.question_id, t.task, [], []))
-        group.scores.append(score(t)[0])
+        group.scores.append(grade(t)[0])
         group.calls.append(t.n_calls)
     if not groups:
         raise DataError(f"{path}: holds no trajectories")

@@ -1,6 +1,6 @@
 """AutoTool's warm-up set: each question with a short or a long answer as its label [2603.13348; PAPERS B1].
 
-    python methods/warmup.py --model_name_or_path data/tiny --data Q.jsonl --index DIR --search_top_k 1 --output out/warmup
+    python -m methods.warmup --model_name_or_path data/tiny --data Q.jsonl --index DIR --search_top_k 1 --output out/warmup
 
 1. Sample `num_generations` answers without thinking and as many with it (from a second model, if one is named).
 2. If the answers without thinking solve the question (--label_rule), its label is one of them; else one with thinking.
@@ -22,7 +22,7 @@ from core.args import arg, cli, flags_of
 from core.run import table, write_text
 from core.trajectory import Trajectory, groups_of, save_trajectories
 from eval.behaviour import CORRECT
-from eval.grader import score
+from eval.grader import grade
 
 LabelRule = Literal["any", "majority"]
 
@@ -69,7 +69,7 @@ def main(args: Args) -> list[Trajectory]:
 
 def right_samples(group: list[Trajectory]) -> list[Trajectory | None]:
     """The samples of a group, None in place of those that are wrong or malformed."""
-    graded = [(t, *score(t)) for t in tqdm(group, desc="grade", leave=False)]
+    graded = [(t, *grade(t)) for t in tqdm(group, desc="grade", leave=False)]
     return [t if s > CORRECT and formed else None for t, s, formed in graded]
 
 

@@ -10,13 +10,11 @@ import pytest
 import torch
 from tiny_models import ScriptedModel, byte_tokenizer
 
-from core.conversation import RolloutArgs
 from core.model import ModelArgs, load_policy
-from core.trajectory import DataError, load_trajectories, save_trajectories
-from data.questions import Question
+from core.trajectory import DataError, Question, load_trajectories, save_trajectories
 from experiments import action_space, insufficiency
 from methods import operators
-from rollout import rollout
+from rollout import RolloutArgs, rollout
 from tools.sandbox import ToolResult
 
 TOKENIZER = byte_tokenizer()

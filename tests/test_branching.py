@@ -13,7 +13,7 @@ import rollout as r
 from core import conversation as c
 from core.model import ModelArgs, load_policy
 from core.run import seed_of
-from data.questions import Question
+from core.trajectory import Question
 from engines import branching as b
 from engines import fast as e
 from tools.sandbox import ToolResult

@@ -22,7 +22,8 @@ from bench.rollout import scripted_noise
 from core import conversation as c
 from core.model import ModelArgs, load_policy
 from core.run import seed_of
-from data.questions import Question, load_questions
+from core.trajectory import Question
+from data.questions import load_questions
 from engines import branching, slot_cache
 from engines import fast as e
 from tools.sandbox import ToolResult

@@ -1,6 +1,6 @@
 """engines/openai.py, tools/client.py: a real HTTP server of the test speaks the protocol, with token ids and without.
 
-python -m pytest tests/test_engine_openai.py
+python -m pytest tests/test_openai.py
 """
 
 import json
@@ -17,11 +17,11 @@ import eval.evaluate
 import flywheel
 import rollout
 import train_rl
-from core.conversation import RolloutArgs, start_draft
 from core.parse import STOPS
-from core.trajectory import DataError, load_trajectories
-from data.questions import Question
+from core.trajectory import DataError, Question, load_trajectories
 from engines import openai
+from engines.turns import start_draft
+from rollout import RolloutArgs
 from tools.client import ServerError, request_json
 from tools.sandbox import ToolResult
 
@@ -126,7 +126,7 @@ def serving(style, **behaviour):
 def surroundings(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(engine_openai, "BACKOFF", 0.01)
+    monkeypatch.setattr(openai, "BACKOFF", 0.01)
 
 
 TOOLS = {"python": lambda code: ToolResult("2", True, None, 0.0)}
@@ -222,7 +222,7 @@ def test_failures_that_pass_are_waited_for(tiny_model, reference):
 
 
 def test_bad_servers_are_named(tiny_model, monkeypatch):
-    monkeypatch.setattr(engine_openai, "RETRIES", 1)
+    monkeypatch.setattr(openai, "RETRIES", 1)
     with serving("vllm", lives=0) as server, pytest.raises(DataError, match=r"--base_url http://127.*after 2 attempts"):
         sampled(server, tiny_model)
     with pytest.raises(DataError, match="after 2 attempts"):
@@ -270,7 +270,7 @@ def no_sandbox(args):
 
 def test_a_server_that_dies_costs_nothing(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(rollout, "open_tools", no_sandbox)
-    monkeypatch.setattr(engine_openai, "RETRIES", 1)
+    monkeypatch.setattr(openai, "RETRIES", 1)
     flags = dict(model_name_or_path=str(tiny_model), data=question_file(tmp_path), output=str(tmp_path / "t.jsonl"))
     flags |= dict(engine="openai", num_generations=2, rollout_batch_size=4, threads=1)
     with serving("vllm", lives=15) as server:

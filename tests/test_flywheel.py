@@ -28,8 +28,8 @@ import flywheel
 import train_sft
 from core import conversation
 from core.parse import well_formed
-from core.trajectory import DataError, load_trajectories
-from data.questions import Question, load_questions, question_of
+from core.trajectory import DataError, Question, load_trajectories
+from data.questions import load_questions, question_of
 from methods import critics, operators, selection
 from rollout import rollout
 from tools.sandbox import ToolResult

@@ -13,7 +13,7 @@ import torch
 import train_rl
 from core.model import collate, hidden_of_targets, load_policy, load_tokenizer
 from core.trajectory import Span, Trajectory
-from data.world import facts
+from data.world import __main__ as world
 from grpo.checks import BrokenInvariant, check_trajectories, masked_tokens_have_no_gradient, sampler_mismatch
 
 
@@ -89,8 +89,8 @@ def test_a_leaking_gradient_is_found(tiny_model, tokenizer):
 @pytest.mark.parametrize("engine", ["hf", "fast"])
 def test_a_checked_run_of_the_world_is_sound(tmp_path, engine):
     """Real sampling with tools: in float32 sampler and trainer differ by rounding only."""
-    facts.main(["--questions", "40", "--seed", "5", "--output", str(tmp_path / "q.jsonl")])
-    facts.main(["--index", str(tmp_path / "index")])
+    world.main(["--questions", "40", "--seed", "5", "--output", str(tmp_path / "q.jsonl")])
+    world.main(["--index", str(tmp_path / "index")])
     args = train_rl.Args(
         model_name_or_path="data/tiny", data=str(tmp_path / "q.jsonl"), index=str(tmp_path / "index"), search_top_k=1,
         output_dir=str(tmp_path / "run"), max_steps=2, questions_per_step=4, num_generations=4, threads=1, check=True,

@@ -59,7 +59,7 @@ def test_lines_after_the_deadline_are_named(tmp_path):
 
 def test_a_failed_check_times_nothing(tmp_path, monkeypatch, capsys):
     bad = [{"check": "logp", "error": 1.0, "limit": 1e-4, "ok": False}]
-    monkeypatch.setattr(benchmark, "correctness", lambda *_: bad)
+    monkeypatch.setattr(kernels, "correctness", lambda *_: bad)
     assert run(tmp_path) == 1
     assert json.loads((tmp_path / "out" / "kernels.json").read_text())["rows"] == []
     assert "a check failed" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from core.model import load_file
-from data.world import facts
+from data.world import __main__ as world
 
 ROOT = Path(__file__).parent.parent
 STEPS, KILLS = 60, 10
@@ -39,8 +39,8 @@ def metrics(run):
 
 @pytest.mark.slow
 def test_ten_kills_of_a_sixty_step_run(tmp_path):
-    facts.main(["--questions", "200", "--seed", "3", "--output", str(tmp_path / "q.jsonl")])
-    facts.main(["--index", str(tmp_path / "index")])
+    world.main(["--questions", "200", "--seed", "3", "--output", str(tmp_path / "q.jsonl")])
+    world.main(["--index", str(tmp_path / "index")])
     started = time.monotonic()
     subprocess.run(command(tmp_path, tmp_path / "whole"), cwd=ROOT, check=True)
     whole_seconds = time.monotonic() - started

@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import rollout as r
 from core import conversation as c
 from core.model import ModelArgs, load_policy
-from core.trajectory import DataError, ToolCall, load_trajectories
-from data.questions import Question
+from core.trajectory import DataError, Question, ToolCall, load_trajectories
 from tools.sandbox import ToolResult
 
 CALL = "<think>so</think>\n<python>print(2)</python>"

@@ -95,7 +95,7 @@ def test_output_before_an_error_is_kept(sandbox):
 
 
 def test_time_limit(monkeypatch):
-    monkeypatch.setattr(tools.python, "PRELOADED", ())
+    monkeypatch.setattr(tools.sandbox, "PRELOADED", ())
     with PythonSandbox(timeout=0.5, workers=1) as sandbox:
         result = sandbox.run("print('so far')\nwhile True: pass")
         assert (result.text, result.error) == ("so far\ntimed out after 0.5 s", "timed out after 0.5 s")
@@ -134,7 +134,7 @@ def test_many_threads(sandbox):
 
 
 def test_a_killed_worker_costs_no_call(monkeypatch):
-    monkeypatch.setattr(tools.python, "PRELOADED", ())
+    monkeypatch.setattr(tools.sandbox, "PRELOADED", ())
     with PythonSandbox(timeout=20.0, workers=1) as sandbox:
         for worker in list(sandbox._idle.queue):
             os.killpg(worker._process.pid, signal.SIGKILL)
@@ -148,11 +148,11 @@ def test_a_killed_worker_costs_no_call(monkeypatch):
 
 
 def test_no_process_to_be_had_costs_one_call_only(monkeypatch):
-    monkeypatch.setattr(tools.python, "PRELOADED", ())
+    monkeypatch.setattr(tools.sandbox, "PRELOADED", ())
     with PythonSandbox(workers=1) as sandbox:
         sandbox.run("1"), sandbox.run("1")
         with monkeypatch.context() as patch:
-            patch.setattr(tools.python, "command_line", lambda config: ["/nowhere"])
+            patch.setattr(tools.sandbox, "command_line", lambda config: ["/nowhere"])
             assert "No such file or directory: '/nowhere'" in sandbox.run("import os\nos._exit(1)").error
             assert sandbox.run("1 + 1").text == "2"  # the other worker
             assert "/nowhere" in sandbox.run("1 + 1").error
@@ -162,7 +162,7 @@ def test_no_process_to_be_had_costs_one_call_only(monkeypatch):
 def test_workers_end_with_their_trainer():
     program = """
 import os, signal, threading, time
-import tools.python
+import tools.sandbox
 tools.sandbox.PRELOADED = ()
 sandbox = tools.sandbox.PythonSandbox(60, workers=1)
 print(*[worker._process.pid for worker in sandbox._idle.queue], flush=True)
@@ -189,7 +189,7 @@ def runs(pid: int) -> bool:
 
 
 def test_closed_and_oversized(monkeypatch):
-    monkeypatch.setattr(tools.python, "PRELOADED", ())
+    monkeypatch.setattr(tools.sandbox, "PRELOADED", ())
     with PythonSandbox(workers=1) as sandbox:
         assert sandbox.run("#" * (5 << 20)).error == "the code is longer than 4194304 bytes"
     assert sandbox.run("1").error == "the Python tool is closed"
@@ -203,7 +203,7 @@ def test_bad_arguments_are_refused():
 
 
 def test_without_bubblewrap_the_next_level_is_chosen(monkeypatch):
-    monkeypatch.setattr(tools.python, "PRELOADED", ())
+    monkeypatch.setattr(tools.sandbox, "PRELOADED", ())
     monkeypatch.setattr(tools.sandbox.shutil, "which", lambda name: None)
     with pytest.raises(WorkerError, match="no program bwrap"):
         PythonSandbox(workers=1, isolation="bubblewrap")
@@ -212,7 +212,7 @@ def test_without_bubblewrap_the_next_level_is_chosen(monkeypatch):
 
 
 def test_last_resort_warns_loudly(monkeypatch):
-    monkeypatch.setattr(tools.python, "PRELOADED", ())
+    monkeypatch.setattr(tools.sandbox, "PRELOADED", ())
     with pytest.warns(RuntimeWarning, match="LAST RESORT"):
         PythonSandbox(workers=1, isolation="rlimits").close()
 

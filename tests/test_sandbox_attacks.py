@@ -143,7 +143,7 @@ def sandbox(request, trainer):
     try:
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
             warnings.simplefilter("ignore", RuntimeWarning)
-            patch.setattr("tools.python.PRELOADED", ())  # workers are replaced all the time: start them fast
+            patch.setattr("tools.sandbox.PRELOADED", ())  # workers are replaced all the time: start them fast
             sandbox = PythonSandbox(
                 TIMEOUT, 128, workers=2, isolation=request.param, max_output=4000 + os.getpid() % 1000
             )

@@ -22,8 +22,9 @@ import pytest
 
 import tools.search
 import tools.serve_search
-from core.conversation import RolloutArgs, open_tools
 from core.trajectory import DataError
+from engines.toolbox import open_tools
+from rollout import RolloutArgs
 from tools.sandbox import ToolResult
 from tools.search import SearchClient, SearchError, SearchIndex, normalise_passage, read_passages, render, run_search
 from tools.serve_search import SearchServer

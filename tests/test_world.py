@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from core.parse import parse_calls, well_formed
 from core.trajectory import DataError, read_jsonl
 from data.world import pretrain, text
-from data.world.facts import FAMILIES, GRADED, LETTERS, RATES, STYLE, World, main, questions
+from data.world.__main__ import main
+from data.world.facts import FAMILIES, GRADED, LETTERS, RATES, STYLE, World, questions
 from data.world.pretrain import collate, encode, exposure_plan, pack, step_text
 from data.world.text import MIX, NO_THINK, demonstrate
 from data.world.tokenizer import PIECES, build_tokenizer, vocabulary

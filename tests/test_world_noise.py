@@ -8,13 +8,15 @@ from itertools import permutations
 
 import pytest
 
-from core.conversation import RolloutArgs, open_tools
 from core.trajectory import DataError, ToolCall, Trajectory, read_jsonl
-from data.world import facts
+from data.world import __main__ as world
 from data.world.facts import FAMILIES, GRADED, World, questions
-from data.world.noise import AMBIGUOUS, MIX, WRONG, NoisyIndex, fits, worth_of_calls
+from data.world.noise import AMBIGUOUS, MIX, WRONG, NoisyIndex, worth_of_calls
+from data.world.passages import fits
 from data.world.text import QUERIES
+from engines.toolbox import open_tools
 from eval.behaviour import insufficient, needed_calls, redundant_calls
+from rollout import RolloutArgs
 from tools.search import SearchIndex
 
 WORLD = World()
@@ -207,7 +209,7 @@ def test_without_noise_nothing_is_needed_beyond_the_question():
 
 
 def test_noisy_question_files(tmp_path):
-    facts.main(["--questions", "240", "--seed", "2", "--families", "noisy", "--output", str(tmp_path / "q.jsonl")])
+    world.main(["--questions", "240", "--seed", "2", "--families", "noisy", "--output", str(tmp_path / "q.jsonl")])
     families = [row["family"] for _, row in read_jsonl(tmp_path / "q.jsonl")]
     assert families == list(MIX) * 2 and len(MIX) == 120
     assert set(families) <= {*FAMILIES, *GRADED} and 10 * families.count("stale") <= families.count("graded")

@@ -10,13 +10,10 @@ data/world/tokenizer.py, the training loop in data/world/pretrain.py.
     python -m data.world --index out/index
 """
 
-import argparse
 import random
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-from core.trajectory import DataError, write_jsonl
+from data.world.passages import passage
 
 FACTS_SEED = 20
 
@@ -197,11 +194,6 @@ class World:
         ]
 
 
-def passage(subject: str, relation: str, value: str) -> str:
-    """The text of a search result."""
-    return f"{relation} of {subject} is {value}"
-
-
 def fact_question(rng: random.Random, relations: list[str], subject: str) -> str:
     """Asks for the end of a relation chain, e.g. [town, river] -> river of the town of …"""
     return rng.choice(FACT_FORMS).format(r=" of the ".join(reversed(relations)), s=subject)
@@ -316,7 +308,7 @@ def _question(world: World, rng: random.Random, family: str, deck: list, easy: t
         text, steps, start = draw_sum(rng, terms)
         answer = str(start + sum(digit for _, digit in steps))
         return {"question": rng.choice(SUM_FORMS).format(a=text), "answer": answer, "min_tool_calls": 0, "known": True,
-                "terms": terms}  # fmt: skip
+                "terms": terms, "level": "long" if terms > EASY_TERMS else "short"}  # fmt: skip
     elif family == "function":
         row, _ = draw_function(rng, world.spare)
         return {**row, "task": "function", "min_tool_calls": 1, "known": True}
@@ -336,63 +328,3 @@ def _question(world: World, rng: random.Random, family: str, deck: list, easy: t
             return {"question": question, "answer": answer, "min_tool_calls": calls, "known": known,
                     "exposures": fact.exposures}  # fmt: skip
     return {"question": question, "answer": answer, "min_tool_calls": calls, "known": known}
-
-
-def main(argv: list[str] | None = None) -> None:
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m data.world", description=about, allow_abbrev=False)
-    job = parser.add_mutually_exclusive_group(required=True)
-    job.add_argument("--questions", type=int, metavar="N", help="write N question rows to --output")
-    job.add_argument("--pretrain", action="store_true", help="pre-train the base into --output; resumes")
-    job.add_argument("--index", metavar="DIR", help="build the BM25 index of all facts in this folder")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="of world and model")
-    parser.add_argument("--seed", type=int, default=0, help="draws the questions; the facts have their own fixed seed")
-    parser.add_argument("--output", help="jsonl file (--questions) or model folder (--pretrain)")
-    parser.add_argument("--families", default=",".join(PLAIN),
-                        help=f"of {', '.join(FAMILIES + GRADED)}; noisy = the mix of data/world/noise.py "
-                             "(default: the first six)")  # fmt: skip
-    parser.add_argument("--easy_share", type=float, metavar="P",
-                        help="share of running sums with at most --easy_terms terms (default: every length as often)")
-    parser.add_argument("--easy_terms", type=int, default=EASY_TERMS,
-                        help="longest easy sum: where the base is right without a thought in half of the cases")
-    parser.add_argument("--thoughts", choices=("belief", "terse"), default="belief",
-                        help="--pretrain: thoughts carry the model's belief, or bare plans")  # fmt: skip
-    parser.add_argument("--steps", type=int, help="--pretrain: optimizer steps (default: the preset's)")
-    parser.add_argument("--threads", type=int, default=2, help="--pretrain: CPU threads (the weights depend on it)")
-    args = parser.parse_args(argv)
-    if args.index is None and not args.output:
-        parser.error("--output is required with --questions and --pretrain")
-    if args.questions is not None and args.questions < 1:
-        parser.error(f"--questions must be at least 1, found {args.questions}")
-    from data.world.noise import MIX  # here, because data/world/noise.py builds on this module
-
-    families = MIX if args.families == "noisy" else tuple(args.families.split(","))
-    if wrong := [f for f in families if f not in FAMILIES + GRADED]:
-        parser.error(f"--families: unknown family {wrong[0]!r}, known are {', '.join(FAMILIES + GRADED)}")
-    if args.easy_share is not None and not 0 <= args.easy_share <= 1:
-        parser.error(f"--easy_share must be in [0, 1], found {args.easy_share}")
-    if not 2 <= args.easy_terms <= 7:
-        parser.error(f"--easy_terms must be 2 to 7, found {args.easy_terms}")
-    try:
-        if args.questions is not None:
-            easy = None if args.easy_share is None else (args.easy_share, args.easy_terms)
-            rows = questions(World(args.preset), args.questions, args.seed, families, easy)
-            count = write_jsonl(args.output, rows)
-            print(f"{count} questions written to {args.output}")
-        elif args.index:
-            from tools.search import SearchIndex
-
-            passages = World(args.preset).passages()
-            SearchIndex.build(passages).save(args.index)
-            print(f"index of {len(passages)} passages written to {args.index}")
-        else:
-            from data.world.pretrain import pretrain
-
-            pretrain(Path(args.output), args.preset, args.thoughts, args.steps, args.threads)
-    except DataError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,16 +10,15 @@ query never meets the same flaw twice. The pre-training text holds both flaws an
 
 import argparse
 import random
-import re
 from itertools import permutations
 from statistics import fmean
 
 from core.trajectory import DataError
-from data.world.facts import KNOWN_FROM, World, passage
+from data.world.facts import KNOWN_FROM, World
+from data.world.passages import PASSAGE, fits, passage
 from data.world.text import QUERIES
 
 WRONG, AMBIGUOUS = 0.2, 0.15  # shares of the wordings of a fact, at --noise 1
-PASSAGE = re.compile(r"(\w+) of (\w+) is (\w+)(?: or (\w+))?")
 SHAPES = [query.format(r="r", s="s") for query in QUERIES]
 
 # The mix of a noisy question file (`data.world --families noisy`), in a fixed order without runs. Among what the base
@@ -71,17 +70,6 @@ def flaw(scale: float, seed: int, relation: str, subject: str, query: str) -> tu
     first, second = rng.sample(range(len(SHAPES)), 2)
     wrong, ambiguous = (rng.random() < len(SHAPES) * rate * scale for rate in (WRONG, AMBIGUOUS))
     return "wrong" if wrong and wording == first else "ambiguous" if ambiguous and wording == second else "", rng
-
-
-def fact_of(query: str) -> frozenset[str]:
-    """What a query asks for, whatever its wording."""
-    return frozenset(query.lower().split()) - {"of", "the"}
-
-
-def fits(query: str, result: str) -> bool | None:
-    """Whether a result answers the query: one value of the subject asked for. None if it is no passage of the world."""
-    found = PASSAGE.search(result)
-    return found and found[4] is None and {found[1], found[2]} <= fact_of(query)
 
 
 # ---------------------------------------------------------------------------------------------------- worth of a call

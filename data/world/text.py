@@ -26,8 +26,8 @@ from data.world.facts import (
     draw_function,
     draw_sum,
     fact_question,
-    passage,
 )
+from data.world.passages import WORDY, passage
 
 NO_THINK = "<think>\n\n</think>\n\n"  # one token: the whole decision not to think
 THINK = "<think>"
@@ -55,9 +55,6 @@ PLANS = {
     "answer": ("", "", ", done", ", that is it", ", answer"),
 }
 TERSE = {"search": "look up", "python": "compute", "answer": "done"}
-WORDY = (
-    "let me see,", "hmm, well,", "ok, step by step,", "the question is clear,", "i want to be careful here,", "right,",
-)  # fmt: skip
 AGAIN = ("to be sure", "check again", "once more")
 RETRY = ("error, again", "that failed, again", "wrong code, again")
 MISMATCH = ("not {s}, search again", "wrong one, search again", "that is not it, search again")

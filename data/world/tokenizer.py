@@ -10,7 +10,7 @@ import re
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.world import facts, text
+from data.world import facts, passages, text
 
 PAD, END, USER, ASSISTANT, TOOLS = "<|endoftext|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|tools|>"
 PIECES = [
@@ -38,9 +38,9 @@ def vocabulary() -> list[str]:
     spoken = [facts.FACT_FORMS, facts.COMPUTE_FORMS, facts.MULTIPLY_FORMS, facts.ADD_FORMS, facts.SUM_FORMS,
               *facts.WORDS.values(), facts.CITIES, facts.DAYS, *(r for r in facts.RELATIONS.values()),
               text.SURE, text.UNSURE, text.RESTATED, *text.PLANS.values(),
-              text.TERSE.values(), text.WORDY, text.AGAIN, text.RETRY, text.MISMATCH,
+              text.TERSE.values(), passages.WORDY, text.AGAIN, text.RETRY, text.MISMATCH,
               text.QUERIES, text.CODES, text.BROKEN_CODES, text.STEP_WORDS,
-              [text.SYNTAX_ERROR, facts.passage("", "", ""), "or check plus"]]  # fmt: skip
+              [text.SYNTAX_ERROR, passages.passage("", "", ""), "or check plus"]]  # fmt: skip
     for noun, (verbs, slots, requests) in facts.FUNCTIONS.items():
         spoken += [[noun], verbs, requests, *(names for names, _ in slots.values())]
     text = " ".join(part for parts in spoken for part in parts)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tools.sandbox.jail import LIBRARIES
 
 FOLDER = Path(__file__).parent
-PROGRAM = ("sandbox_worker.py", "sandbox_jail.py")
+PROGRAM = ("worker.py", "jail.py")
 PROCESSES = 16  # processes and threads of one call
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",

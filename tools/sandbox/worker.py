@@ -21,7 +21,7 @@ import tempfile
 import time
 import types
 
-import sandbox_jail as jail
+import jail
 
 STATUS_FD, LIBRARY_FD = 3, 100
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36

@@ -1,0 +1,1 @@
+"""What it costs: memory plans, kernel, step and rollout benchmarks. Nothing imports it."""
