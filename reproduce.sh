@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up .venv and run the main job. Flags go to experiments/reproduce.py: ./reproduce.sh --quick, ./reproduce.sh --seeds 5
+# Set up .venv and run the main job. Flags go to experiments.reproduce: ./reproduce.sh --quick, ./reproduce.sh --seeds 5
 set -euo pipefail
 cd "$(dirname "$0")"
 source setup.sh

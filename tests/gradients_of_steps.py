@@ -14,7 +14,6 @@ import train_rl
 from core import distributed
 from core.model import load_policy
 from core.trajectory import load_trajectories
-from grpo import update
 
 
 class NoStep(torch.optim.SGD):
@@ -40,10 +39,10 @@ def main(settings, out):
                 p.copy_(value)
         stored = load_trajectories(folder / f"rollouts-{step}.jsonl")
         parts = [distributed.share(part) for part in train_rl.split(stored, args.updates_per_batch)]
-        batches = [update.micro_batches(part, model, tokenizer.pad_token_id, args) for part in parts]
+        batches = [train_rl.micro_batches(part, model, tokenizer.pad_token_id, args) for part in parts]
         optimizer.seen, stats = [], []
         for batch, part in zip(batches, [distributed.gather(part) for part in parts]):
-            stats.append(update.update(model, optimizer, schedule, batch, part, [0.01] * len(part), args))
+            stats.append(train_rl.update(model, optimizer, schedule, batch, part, [0.01] * len(part), args))
         steps.append((optimizer.seen, stats))
     if distributed.rank() == 0:
         torch.save(steps, out)

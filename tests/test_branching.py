@@ -10,12 +10,14 @@ import torch
 from tiny_models import ScriptedModel, byte_tokenizer
 
 import rollout as r
-from core import conversation as c
 from core.model import ModelArgs, load_policy
 from core.run import seed_of
 from core.trajectory import Question
 from engines import branching as b
 from engines import fast as e
+from engines import hf
+from engines.hf import OpeningEntropy
+from rollout import RolloutArgs
 from tools.sandbox import ToolResult
 
 TOKENIZER = byte_tokenizer()
@@ -49,14 +51,14 @@ class Unsure(ScriptedModel):
         scores = torch.tensor([self.level(text) for text in texts])[:, None]  # (B, 1), see `sample`
         for _ in range(out.shape[1] - input_ids.shape[1]):
             for processor in logits_processor:
-                if isinstance(processor, r.OpeningEntropy):
+                if isinstance(processor, OpeningEntropy):
                     processor(None, scores)
         return out
 
 
 def sample(monkeypatch, script, level=lambda response: 0.5, coins=None, questions=(question(),), **flags):
     """Trajectories of `questions`; coins: (sample index, results) -> the uniform number drawn there."""
-    monkeypatch.setattr(r, "entropy_share", lambda scores: scores[:, 0])
+    monkeypatch.setattr(hf, "entropy_share", lambda scores: scores[:, 0])
     indices = {seed_of(0, q.id, i): i for q in questions for i in range(64)}
 
     def seeds(*parts):
@@ -65,7 +67,7 @@ def sample(monkeypatch, script, level=lambda response: 0.5, coins=None, question
         return seed_of(*parts)
 
     monkeypatch.setattr(b, "seed_of", seeds)
-    model, args = Unsure(script, level), c.RolloutArgs(**{"num_generations": 8, "branching": "arpo"} | flags)
+    model, args = Unsure(script, level), RolloutArgs(**{"num_generations": 8, "branching": "arpo"} | flags)
     toolbox = {"python": lambda code: ToolResult("2", True, None, 0.0)}
     return r.rollout(model, TOKENIZER, list(questions), args, toolbox, (0,))
 
@@ -174,9 +176,9 @@ def test_children_share_ids_and_mask_with_their_parent_up_to_the_branch(monkeypa
 
 def test_what_starts_from_the_prompt_is_what_plain_sampling_gives(real):
     flags = dict(num_generations=6, max_completion_length=20)
-    plain = r.rollout(*real, [question()], c.RolloutArgs(**flags), {}, (3,))
+    plain = r.rollout(*real, [question()], RolloutArgs(**flags), {}, (3,))
     for mode in ("random", "arpo"):
-        out = r.rollout(*real, [question()], c.RolloutArgs(**flags, branching=mode), {}, (3,))
+        out = r.rollout(*real, [question()], RolloutArgs(**flags, branching=mode), {}, (3,))
         assert [t.to_json() for t in out] == [t.to_json() for t in plain]  # the random model calls no tool
 
 
@@ -188,7 +190,7 @@ def test_the_measured_entropy_is_that_of_the_scores_sampled_from(real, monkeypat
         monkeypatch.setattr(module, "note_segment", lambda draft, entropies, mode: noted.append(entropies))
     for engine in ("hf", "fast"):
         flags = dict(num_generations=2, branching="arpo", temperature=0.7, max_completion_length=30, engine=engine)
-        args = c.RolloutArgs(**flags)
+        args = RolloutArgs(**flags)
         t = r.rollout(model, tokenizer, [question()], args, {}, (0,))[0]
         with torch.no_grad():
             scores = model(torch.tensor([t.token_ids])).logits[0, t.prompt_len - 1 : -1] / 0.7
@@ -200,7 +202,7 @@ def test_the_measured_entropy_is_that_of_the_scores_sampled_from(real, monkeypat
 
 def test_bad_flags_are_named():
     with pytest.raises(ValueError, match="--branching random needs --engine"):
-        c.RolloutArgs(engine="openai", base_url="http://x", branching="random")
+        RolloutArgs(engine="openai", base_url="http://x", branching="random")
     for flags in ({"initial_rollouts": 4}, {"branching": "arpo", "initial_rollouts": 9}):
         with pytest.raises(ValueError, match="--initial_rollouts"):
-            c.RolloutArgs(num_generations=8, **flags)
+            RolloutArgs(num_generations=8, **flags)

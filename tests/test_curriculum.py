@@ -114,7 +114,7 @@ def test_killed_anywhere_it_ends_with_the_same_adapter(flags, tmp_path, monkeypa
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(rollout, "complete_trees", mortal)
+    monkeypatch.setattr(rollout, "complete_groups", mortal)
     deaths = 0
     for dies in (2, 3, 2, 4, 3, 99):
         calls.clear()
@@ -155,16 +155,15 @@ def test_a_round_without_enough_questions_ends_the_curriculum(flags, tmp_path, m
 
 
 def test_flags(flags, monkeypatch):
-    args = curriculum.Args(**flags, weight_decay=0.5, branching="arpo", engine="fast")
+    args = curriculum.Args(**flags, max_grad_norm=0.5, branching="arpo", engine="fast")
     assert set(flags_of(train_rl.Args, args)) == {f.name for f in fields(train_rl.Args)}
     settings = curriculum.round_settings(curriculum.Path("x"), "m", 1, args)
-    assert (settings.weight_decay, settings.branching, settings.engine) == (0.5, "arpo", "fast")
+    assert (settings.max_grad_norm, settings.branching, settings.engine) == (0.5, "arpo", "fast")
     for changes, message in (
         ({"rounds": 0}, "--rounds"),
         ({"selector": "all"}, "--num_questions 4 does not go with --selector all"),
         ({"num_questions": 0}, "--num_questions 0 does not go with --selector pareto"),
         ({"num_questions": 3, "questions_per_step": 4}, "--num_questions 3 is less than --questions_per_step 4"),
-        ({"resume_from_checkpoint": "x"}, "--resume_from_checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
             curriculum.Args(**flags | changes)

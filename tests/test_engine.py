@@ -24,8 +24,11 @@ from core.model import ModelArgs, load_policy
 from core.run import seed_of
 from core.trajectory import Question
 from data.questions import load_questions
-from engines import branching, slot_cache
+from engines import branching, hf, slot_cache
 from engines import fast as e
+from engines.toolbox import open_tools
+from engines.turns import gumbel_noise, start_draft
+from rollout import RolloutArgs
 from tools.sandbox import ToolResult
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +59,7 @@ def question(i, repeats=1):
 
 
 def drafts_of(questions, tokenizer, args):
-    return [c.start_draft(q, i, tokenizer, args, (0,)) for q in questions for i in range(args.num_generations)]
+    return [start_draft(q, i, tokenizer, args, (0,)) for q in questions for i in range(args.num_generations)]
 
 
 def echo(code):
@@ -76,7 +79,7 @@ def script_of(turns, tokenizer):
 def scripted(monkeypatch, drafts, scripts):
     """Put noise in place that leaves the real model no choice but the scripts."""
     noise = scripted_noise({d.seed: ids for d, ids in zip(drafts, scripts)})
-    monkeypatch.setattr(r, "gumbel_noise", noise)
+    monkeypatch.setattr(hf, "gumbel_noise", noise)
     monkeypatch.setattr(e, "gumbel_noise", noise)
 
 
@@ -90,8 +93,8 @@ def test_ids_equal_those_of_generate(real, temperature):
     model, tokenizer = real
     questions = [question(i, 1 + 60 * (i % 3)) for i in range(4)]  # one to four prefill pieces
     flags = dict(num_generations=2, max_completion_length=24, temperature=temperature)
-    slow = r.rollout(model, tokenizer, questions, c.RolloutArgs(**flags), {}, (3,))
-    fast = r.rollout(model, tokenizer, questions, c.RolloutArgs(**flags, engine="fast"), {}, (3,))
+    slow = r.rollout(model, tokenizer, questions, RolloutArgs(**flags), {}, (3,))
+    fast = r.rollout(model, tokenizer, questions, RolloutArgs(**flags, engine="fast"), {}, (3,))
     assert [t.to_json() for t in slow] == [t.to_json() for t in fast]
     assert len({tuple(t.token_ids) for t in fast}) == (8 if temperature else 3)
     assert model.config._attn_implementation == "sdpa"
@@ -105,10 +108,10 @@ def test_an_adapter_in_training_samples_as_under_generate(tiny_model):
         torch.nn.init.normal_(weight, std=0.1)
     model.train()
     flags = dict(num_generations=2, max_completion_length=16)
-    slow = r.rollout(model, tokenizer, [question(0)], c.RolloutArgs(**flags), {}, (0,))
-    fast = r.rollout(model, tokenizer, [question(0)], c.RolloutArgs(**flags, engine="fast"), {}, (0,))
+    slow = r.rollout(model, tokenizer, [question(0)], RolloutArgs(**flags), {}, (0,))
+    fast = r.rollout(model, tokenizer, [question(0)], RolloutArgs(**flags, engine="fast"), {}, (0,))
     with model.disable_adapter():
-        base = r.rollout(model, tokenizer, [question(0)], c.RolloutArgs(**flags, engine="fast"), {}, (0,))
+        base = r.rollout(model, tokenizer, [question(0)], RolloutArgs(**flags, engine="fast"), {}, (0,))
     assert [t.token_ids for t in slow] == [t.token_ids for t in fast] != [t.token_ids for t in base]
     assert model.training and all(p.requires_grad for p in adapter)
 
@@ -116,11 +119,11 @@ def test_an_adapter_in_training_samples_as_under_generate(tiny_model):
 def test_truncation_is_shared_and_a_repetition_penalty_refused(real):
     model, tokenizer = real
     flags = dict(num_generations=2, max_completion_length=20, top_k=3, top_p=0.8)
-    slow = r.rollout(model, tokenizer, [question(0)], c.RolloutArgs(**flags), {}, (0,))
-    fast = r.rollout(model, tokenizer, [question(0)], c.RolloutArgs(**flags, engine="fast"), {}, (0,))
+    slow = r.rollout(model, tokenizer, [question(0)], RolloutArgs(**flags), {}, (0,))
+    fast = r.rollout(model, tokenizer, [question(0)], RolloutArgs(**flags, engine="fast"), {}, (0,))
     assert [t.token_ids for t in slow] == [t.token_ids for t in fast]
     with pytest.raises(ValueError, match="--repetition_penalty 1.1 needs --engine hf"):
-        c.RolloutArgs(engine="fast", repetition_penalty=1.1)
+        RolloutArgs(engine="fast", repetition_penalty=1.1)
 
 
 def test_trajectories_with_tools_equal_those_of_generate(real, monkeypatch):
@@ -129,7 +132,7 @@ def test_trajectories_with_tools_equal_those_of_generate(real, monkeypatch):
 
     def run(complete, slots):
         flags = dict(max_completion_length=320, max_tool_calling_iterations=3, rollout_batch_size=slots)
-        args = c.RolloutArgs(num_generations=1, **flags)
+        args = RolloutArgs(num_generations=1, **flags)
         drafts = drafts_of(questions, tokenizer, args)
         scripted(monkeypatch, drafts, [script_of(turns, tokenizer) for turns in TURNS])
         return finished(complete, real, drafts, args, {"python": echo})
@@ -147,7 +150,7 @@ def test_parallel_calls_of_hermes_equal_those_of_generate(real, monkeypatch):
     call = '<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n</tool_call>'
     between = c.encode(tokenizer, c.result_text(["2", "2"], tokenizer, "hermes"))
     turns = ["<think>x</think>\n" + call + "\n" + call + "<|im_end|>", "the result is \\boxed{2}<|im_end|>"]
-    args = c.RolloutArgs(num_generations=1, dialect="hermes")
+    args = RolloutArgs(num_generations=1, dialect="hermes")
     out = []
     for complete in (r.complete, e.complete):
         drafts = drafts_of([question(0)], tokenizer, args)
@@ -166,7 +169,7 @@ def test_logits_do_not_depend_on_the_batch_bit_for_bit(real, monkeypatch, thread
     questions = [question(i, 1 + 30 * (i % 3)) for i in range(12)]
 
     def logits_of(slots, count, order):
-        args = c.RolloutArgs(num_generations=2, max_completion_length=800, rollout_batch_size=slots)
+        args = RolloutArgs(num_generations=2, max_completion_length=800, rollout_batch_size=slots)
         drafts = drafts_of(questions, tokenizer, args)[:count]
         noise = scripted_noise({d.seed: script_of(t, tokenizer) for d, t in zip(drafts, turns)})
         last, seen = [], {}
@@ -194,7 +197,7 @@ def test_logits_do_not_depend_on_the_batch_bit_for_bit(real, monkeypatch, thread
 
 def test_a_prompt_is_prefilled_once_and_a_context_never_again(real, monkeypatch):
     tokenizer = real[1]
-    args = c.RolloutArgs(num_generations=4, max_completion_length=900, rollout_batch_size=3)
+    args = RolloutArgs(num_generations=4, max_completion_length=900, rollout_batch_size=3)
     drafts = drafts_of([question(0), question(1, 30)], tokenizer, args)
     scripted(monkeypatch, drafts, [script_of([LONG, CALL, ANSWER], tokenizer)] * 8)
     counts = e.complete(*real, drafts, args, {"python": echo})
@@ -207,7 +210,7 @@ def test_a_prompt_is_prefilled_once_and_a_context_never_again(real, monkeypatch)
 
 
 def test_at_most_the_batch_size_is_decoded_at_once_and_the_tail_is_narrow(real, monkeypatch):
-    args = c.RolloutArgs(num_generations=1, max_completion_length=200, rollout_batch_size=33)
+    args = RolloutArgs(num_generations=1, max_completion_length=200, rollout_batch_size=33)
     drafts = drafts_of([question(i) for i in range(40)], real[1], args)
     scripted(monkeypatch, drafts, [script_of(["x" * (4 * i) + ANSWER], real[1]) for i in range(40)])
     seen, step = [], e.Engine.step
@@ -232,7 +235,7 @@ def test_tools_run_while_other_slots_decode(real, monkeypatch):
             event.set()
         return ToolResult(str("1" in code or event.wait(20)), True, None, 0.0)
 
-    args = c.RolloutArgs(num_generations=1, max_completion_length=300)
+    args = RolloutArgs(num_generations=1, max_completion_length=300)
     tokenizer = real[1]
     drafts = drafts_of([question(0), question(1)], tokenizer, args)
     text = {True: c.encode(tokenizer, c.result_text(["True"], tokenizer, "tags"))}[True]
@@ -248,7 +251,7 @@ def test_a_branch_copies_the_rows_of_its_parent(real, monkeypatch):
     tokenizer = real[1]
     monkeypatch.setattr(branching, "branch_probability", lambda *_: 1.0)
     flags = dict(num_generations=5, branching="arpo", initial_rollouts=2, max_completion_length=700, tool_workers=1)
-    args = c.RolloutArgs(**flags, rollout_batch_size=2)
+    args = RolloutArgs(**flags, rollout_batch_size=2)
     tree = branching.plant(question(0), tokenizer, args, (0,))
     seeds = [seed_of(0, "0", i) for i in range(5)]
     script = script_of([LONG, CALL, ANSWER], tokenizer)
@@ -276,12 +279,12 @@ def test_a_growing_tree_is_the_same_as_under_generate(real, monkeypatch):
         for i in range(8):
             scripts[seed_of(0, q.id, i)] = script_of(turns[(int(q.id) + i) % 4 if i < 4 else 0], tokenizer)
     noise = scripted_noise(scripts)
-    monkeypatch.setattr(r, "gumbel_noise", noise)
+    monkeypatch.setattr(hf, "gumbel_noise", noise)
     monkeypatch.setattr(e, "gumbel_noise", noise)
 
     def run(engine, slots):
         flags = dict(num_generations=8, initial_rollouts=4, branching="arpo", max_completion_length=330)
-        args = c.RolloutArgs(**flags, engine=engine, rollout_batch_size=slots)
+        args = RolloutArgs(**flags, engine=engine, rollout_batch_size=slots)
         return [t.to_json() for t in r.rollout(*real, questions, args, {"python": echo}, (0,))]
 
     slow = run("hf", 64)
@@ -314,7 +317,7 @@ def test_a_model_with_other_attention_is_refused_and_left_as_it_was(real):
     model = Qwen2ForCausalLM(config)
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match="no sliding_window.*use --engine hf"):
-        r.rollout(model, tokenizer, [question(0)], c.RolloutArgs(engine="fast"), {}, (0,))
+        r.rollout(model, tokenizer, [question(0)], RolloutArgs(engine="fast"), {}, (0,))
     assert model.config._attn_implementation == before
 
 
@@ -351,8 +354,8 @@ def test_world_trajectories_equal_those_of_generate_up_to_ties(tmp_path, tempera
     flags = dict(num_generations=1, max_completion_length=256, temperature=temperature, index=str(tmp_path / "index"))
     runs = []
     for engine in ("hf", "fast"):
-        args = c.RolloutArgs(**flags, engine=engine)
-        with c.open_tools(args) as toolbox:
+        args = RolloutArgs(**flags, engine=engine)
+        with open_tools(args) as toolbox:
             runs.append(r.rollout(model, tokenizer, questions, args, toolbox, (0,)))
     ties = 0
     for slow, fast, q in zip(*runs, questions):
@@ -363,9 +366,9 @@ def test_world_trajectories_equal_those_of_generate_up_to_ties(tmp_path, tempera
         with torch.no_grad():
             scores = model(torch.tensor([slow.token_ids[:at]])).logits[0, -1]
         if temperature:
-            seed = c.start_draft(q, 0, tokenizer, args, (0,)).seed
+            seed = start_draft(q, 0, tokenizer, args, (0,)).seed
             position = torch.tensor([at - slow.prompt_len])
-            scores = scores + r.gumbel_noise(torch.tensor([seed]), position, len(scores))[0]
+            scores = scores + gumbel_noise(torch.tensor([seed]), position, len(scores))[0]
         best = scores.topk(2).values
         assert best[0] - best[1] < 1e-5, (q.id, at)
         ties += 1

@@ -1,6 +1,6 @@
 """engines/openai.py, tools/client.py: a real HTTP server of the test speaks the protocol, with token ids and without.
 
-python -m pytest tests/test_openai.py
+python -m pytest tests/test_engine_openai.py
 """
 
 import json

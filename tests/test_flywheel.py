@@ -31,7 +31,7 @@ from core.parse import well_formed
 from core.trajectory import DataError, Question, load_trajectories
 from data.questions import load_questions, question_of
 from methods import critics, operators, selection
-from rollout import rollout
+from rollout import RolloutArgs, rollout
 from tools.sandbox import ToolResult
 
 FIRST = "<think>maybe ann, look up</think>\n<search>author of x</search>"
@@ -54,7 +54,7 @@ def sampled(turns, q=None, tokenizer=PLAIN, dialect="tags", toolbox=TOOLBOX, **f
     """A trajectory that wrote turns[k] after k results, with ids that are not always the tokenizer's own choice."""
     close = "</result>" if dialect == "tags" else "</tool_response>"
     model = ScriptedModel(tokenizer, lambda response: turns[response.count(close)], by_bytes)
-    args = conversation.RolloutArgs(num_generations=1, dialect=dialect, **flags)
+    args = RolloutArgs(num_generations=1, dialect=dialect, **flags)
     return rollout(model, tokenizer, [q or question()], args, toolbox, (0,))[0]
 
 
@@ -124,7 +124,7 @@ def test_a_hint_fills_an_empty_thought_even_if_it_is_one_token(extra):
     tokenizer = byte_tokenizer(extra)
     text = "<think>\n\n</think>\n\n<answer>bob</answer>"
     model = ScriptedModel(tokenizer, lambda response: text)
-    t = rollout(model, tokenizer, [question()], conversation.RolloutArgs(num_generations=1), {}, (0,))[0]
+    t = rollout(model, tokenizer, [question()], RolloutArgs(num_generations=1), {}, (0,))[0]
     assert t.mode == "no_think"
     ((who, hint),) = written(edit("hint_injection", t, None, tokenizer=tokenizer)[0])
     assert who == "given" and hint.startswith("<think>") and conversation.mode_of(hint + "</think>") == "think"
@@ -182,7 +182,7 @@ def test_operators_work_in_the_hermes_dialect():
     call = '<tool_call>\n{"name": "search", "arguments": {"query": "author of x"}}\n</tool_call>'
     turns = [f"<think>hm</think>\n{call}\n{call}<|im_end|>", f"<think>more</think>{call}<|im_end|>", "bob<|im_end|>"]
     model = ScriptedModel(PLAIN, lambda response: turns[min(response.count("</tool_response>"), 3) * 2 // 3])
-    args = conversation.RolloutArgs(num_generations=1, dialect="hermes")
+    args = RolloutArgs(num_generations=1, dialect="hermes")
     t = rollout(model, PLAIN, [question()], args, TOOLBOX, (0,))[0]
     steps = operators.steps_of(t, PLAIN)
     assert [s.calls for s in steps] == [2, 1, 0]

@@ -94,7 +94,7 @@ def test_a_checked_run_of_the_world_is_sound(tmp_path, engine):
     args = train_rl.Args(
         model_name_or_path="data/tiny", data=str(tmp_path / "q.jsonl"), index=str(tmp_path / "index"), search_top_k=1,
         output_dir=str(tmp_path / "run"), max_steps=2, questions_per_step=4, num_generations=4, threads=1, check=True,
-        max_completion_length=256, engine=engine, updates_per_batch=2, temperature=0.8, entropy_band=[0.0, 1e-3],
+        max_completion_length=256, engine=engine, updates_per_batch=2, temperature=0.8,
     )  # fmt: skip
     train_rl.main(args)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -102,8 +102,3 @@ def test_a_checked_run_of_the_world_is_sound(tmp_path, engine):
         assert 0 < row["check/all/max"] < 1e-3 and row["check/all/outside"] == 0.0
         assert {"check/think/mean", "check/tool_call/mean", "check/answer/mean"} <= row.keys()
         assert row["entropy_alarm"] == 1.0
-
-
-def test_the_entropy_band_is_two_ordered_numbers(tmp_path):
-    with pytest.raises(ValueError, match="--entropy_band takes LOW HIGH"):
-        train_rl.Args(model_name_or_path="m", data="d", output_dir=str(tmp_path), entropy_band=[2.0, 1.0])

@@ -26,7 +26,7 @@ def command(folder, output):
         *(sys.executable, "train_rl.py", "--model_name_or_path", "data/tiny", "--data", str(folder / "q.jsonl")),
         *("--index", str(folder / "index"), "--output_dir", str(output), "--max_steps", str(STEPS)),
         *("--reward", "et_agent", "--questions_per_step", "4", "--num_generations", "4", "--updates_per_batch", "2"),
-        *("--lr_scheduler_type", "cosine", "--warmup_ratio", "0.1", "--beta", "0.01", "--save_steps", "4"),
+        *("--beta", "0.01", "--save_steps", "4"),
         *("--search_top_k", "1", "--max_completion_length", "256", "--engine", "fast", "--python_timeout", "60"),
         *("--max_tool_seconds", "600"),
     ]

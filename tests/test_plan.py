@@ -19,7 +19,7 @@ import kernels
 import train_rl
 import train_sft
 from bench import memory, plan
-from core import run
+from core.args import cli
 from core.model import Batch, adamw, enable_checkpointing, head_weight, hidden_of_targets
 from core.trajectory import DataError
 from engines.slot_cache import SlotCache
@@ -344,7 +344,7 @@ def test_the_flag_ends_in_exit_code_2(monkeypatch, capsys):
     )
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *words.split()])
     with pytest.raises(SystemExit) as end:
-        run.cli(train_sft.main, train_sft.Args)
+        cli(train_sft.main, train_sft.Args)
     assert end.value.code == 2 and "flags that help" in capsys.readouterr().err
 
 

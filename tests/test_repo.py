@@ -5,7 +5,6 @@
 
 import ast
 import importlib
-import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,39 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from core import run
+from core.args import parse_args
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train_sft", "train_rl", "flywheel", "warmup", "refine", "reproduce"}
-MAY_IMPORT = {  # module or package -> what of ours it may import
-    "trajectory": set(),
-    "claim_list": {"data"},
-    "kernels": set(),
-    "entropy": {"trajectory"},
-    "rewards": {"trajectory", "entropy", "eval"},  # eval.behaviour: what a needed call is
-    "losses": {"trajectory", "entropy", "rewards"},
-    "distributed": set(),
-    "common": {"trajectory", "distributed"},
-    "tools": {"trajectory"},
-    "model": {"trajectory", "kernels", "common"},
-    "checkpoint": {"trajectory", "model"},
-    "invariants": {"trajectory", "model"},
-    "merged": {"model"},
-    "update": {"trajectory", "distributed", "invariants", "kernels", "eval", "losses", "model"},
-    "conversation": {"trajectory", "common", "tools", "data"},
-    "branching": {"trajectory", "common", "data", "conversation"},
-    "rollout": {
-        "trajectory", "common", "tools", "data", "model", "conversation", "branching", "engine", "engine_openai",
-    },  # fmt: skip
-    "engine_openai": {"trajectory", "common", "tools", "model", "conversation", "rollout"},
-    "memory": {"trajectory", "kernels", "model", "engine", "slot_cache"},
-    "plan": {"trajectory", "common", "data", "model", "conversation", "memory"},
-    "slot_cache": set(),
-    "engine": {"tools", "model", "conversation", "branching", "rollout", "slot_cache"},
-    "selection": {"trajectory", "common", "data", "eval"},
-    "operators": {"trajectory", "tools", "data", "conversation"},
-    "critics": {"trajectory", "entropy", "tools", "data", "model", "conversation", "rollout", "eval", "operators"},
-}
+FLOORS = [  # a file imports from its own folder or from a lower floor
+    ["kernels"], ["core"], ["tools"], ["data"], ["engines", "eval", "train_sft"], ["rollout", "grpo"], ["train_rl"],
+    ["methods", "bench"], ["flywheel"], ["experiments"],
+]  # fmt: skip
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def files():
@@ -55,50 +29,54 @@ def files():
     return out.stdout.split()
 
 
-def ours_imported_by(path):
-    names = {f.removesuffix(".py").split("/")[0] for f in files() if f.endswith(".py")}
-    found = set()
+def code():
+    return [f for f in files() if f.endswith(".py") and not f.startswith("tests/")]
+
+
+def imported_by(path):
+    """Files of ours that a file imports, inside functions too."""
+    known = {f.removesuffix(".py").removesuffix("/__init__").replace("/", "."): f for f in code()}
+    names = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[0] for a in node.names}
+            names |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
-    return found & names
+            names |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    return {known[name] for name in names if name in known} - {path}
 
 
-def test_imports_go_one_way():
-    for path in files():
-        if not path.endswith(".py") or path.startswith("tests/"):
-            continue
-        name = path.removesuffix(".py").split("/")[0]
-        imported = ours_imported_by(path) - {name}
-        allowed = MAY_IMPORT.get(name)
-        if name in ("eval", "data", "reproduce", "chains", "claims", "claim_cells", "claim_report", "experiment", "curriculum"):  # these drive the others
-            continue
-        if allowed is None:
-            assert name in SCRIPTS, path
-            assert not imported & (SCRIPTS - {name}), f"{path} imports another script"
-        else:
-            assert imported <= allowed, f"{path} imports {imported - allowed}"
+def room(path):
+    return path.removesuffix(".py").split("/")[0]
 
 
-def test_metrics_are_importable_without_the_rest():
-    assert ours_imported_by("eval/metrics.py") <= {"trajectory", "eval"}
+def test_files_import_from_their_own_folder_or_a_lower_floor():
+    wrong = [
+        f"{path} imports {other}"
+        for path in code()
+        for other in imported_by(path)
+        if room(other) != room(path) and FLOOR[room(other)] >= FLOOR[room(path)]
+    ]
+    assert not wrong
 
 
-def test_readme_tree_is_the_repository():
+def test_no_files_import_each_other_in_a_circle():
+    todo = {path: imported_by(path) for path in code()}
+    while free := [path for path, needs in todo.items() if not needs & todo.keys()]:
+        for path in free:
+            del todo[path]
+    assert not todo
+
+
+def test_importlib_is_for_scripts_by_name_only():
+    allowed = {"bench/plan.py", "experiments/cells.py", "experiments/claim_cells.py"}
+    assert {path for path in code() if "importlib.import_module" in (ROOT / path).read_text()} <= allowed
+
+
+def test_the_root_holds_four_scripts_and_the_readme_names_every_folder():
+    assert [f for f in code() if "/" not in f] == ["flywheel.py", "rollout.py", "train_rl.py", "train_sft.py"]
     readme = (ROOT / "README.md").read_text()
-    tree = re.search(r"## Files\n.*?```\n(.*?)```", readme, re.DOTALL).group(1)
-    listed = set()
-    folder = ""
-    for line in tree.splitlines():
-        name = line.split()[0] if line.split() else ""
-        if name.endswith("/"):
-            folder = name
-        elif name:
-            listed.add((folder if line.startswith(" ") else "") + name)
-    code = {f for f in files() if f.endswith((".py", ".sh")) and not f.startswith("tests/")}
-    assert listed == code, {"not in the tree": code - listed, "not in the repository": listed - code}
+    folders = {f.split("/")[0] for f in files() if "/" in f} - {".ci"}
+    assert not [folder for folder in folders if f"`{folder}/`" not in readme]
 
 
 def test_every_script_explains_itself():
@@ -109,8 +87,8 @@ def test_every_script_explains_itself():
 
 
 COMMANDS = (
-    "train_sft", "train_rl", "rollout", "flywheel", "selection", "curriculum", "warmup", "refine", "reproduce", "claims",
-    "eval.evaluate",
+    "train_sft", "train_rl", "rollout", "flywheel", "methods.selection", "methods.curriculum", "methods.warmup",
+    "methods.refine", "experiments.reproduce", "experiments.claims", "eval.evaluate", "experiments.entropy_pilot",
 )  # fmt: skip
 
 
@@ -118,7 +96,7 @@ COMMANDS = (
 def test_every_flag_has_its_help(module, capsys):
     cls = importlib.import_module(module).Args
     with pytest.raises(SystemExit) as exit_:
-        run.parse_args(cls, ["--help"])
+        parse_args(cls, ["--help"])
     assert exit_.value.code == 0 and "--output" in capsys.readouterr().out
     assert all(f.metadata.get("help") for f in fields(cls))
 

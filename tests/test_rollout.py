@@ -20,6 +20,10 @@ import rollout as r
 from core import conversation as c
 from core.model import ModelArgs, load_policy
 from core.trajectory import DataError, Question, ToolCall, load_trajectories
+from engines import toolbox
+from engines.toolbox import open_tools, run_call
+from engines.turns import check_prompts, gumbel_noise
+from rollout import RolloutArgs
 from tools.sandbox import ToolResult
 
 CALL = "<think>so</think>\n<python>print(2)</python>"
@@ -42,7 +46,7 @@ def scripted(turns, tokenizer=None, encode=None):
 
 def sample(turns, encode=None, tokenizer=None, toolbox=None, **flags):
     model, tokenizer = scripted(turns, tokenizer, encode)
-    args = c.RolloutArgs(num_generations=1, **flags)
+    args = RolloutArgs(num_generations=1, **flags)
     return r.rollout(model, tokenizer, [question()], args, toolbox or {"python": echo}, (0,))[0], tokenizer
 
 
@@ -120,7 +124,7 @@ def test_mixed_batch_ends_every_row_on_its_own():
 
     model = ScriptedModel(tokenizer, script)
     questions = [Question("a", "easy", "1", "math"), Question("b", "hard", "2", "math")]
-    args = c.RolloutArgs(num_generations=2)
+    args = RolloutArgs(num_generations=2)
     out = r.rollout(model, tokenizer, questions, args, {"python": echo}, (0,))
     assert [(t.question_id, t.sample_idx, t.mode, t.n_calls) for t in out] == [
         ("a", 0, "no_think", 0),
@@ -202,7 +206,7 @@ def test_tools_of_one_batch_run_while_the_next_generates():
 
     tokenizer = byte_tokenizer()
     questions = [Question("a", "a", "2", "math"), Question("b", "b", "2", "math")]
-    args = c.RolloutArgs(num_generations=1, rollout_batch_size=1)
+    args = RolloutArgs(num_generations=1, rollout_batch_size=1)
     out = r.rollout(ScriptedModel(tokenizer, script), tokenizer, questions, args, {"python": wait}, (0,))
     assert [t.tool_calls[0].result for t in out] == ["True", "True"]
 
@@ -212,7 +216,7 @@ def test_hermes_runs_parallel_calls_in_the_chat_template():
     turns = ["<think>x</think>\n" + call + "\n" + call + "<|im_end|>", "the result is \\boxed{2}<|im_end|>"]
     tokenizer = byte_tokenizer()
     model = ScriptedModel(tokenizer, lambda response: turns[response.count("</tool_response>") // 2])
-    args = c.RolloutArgs(num_generations=1, dialect="hermes")
+    args = RolloutArgs(num_generations=1, dialect="hermes")
     t = r.rollout(model, tokenizer, [question()], args, {"python": echo}, (0,))[0]
     assert [c.result for c in t.tool_calls] == ["ran 1", "ran 1"] and t.finish == "eos"
     between = t.response_text[len(turns[0]) : -len(turns[1])]
@@ -223,11 +227,11 @@ def test_hermes_runs_parallel_calls_in_the_chat_template():
 def test_a_tool_of_several_parameters_gets_them_all(monkeypatch):
     properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
     function = {"name": "weather", "description": "x", "parameters": {"type": "object", "properties": properties}}
-    monkeypatch.setattr(c, "TOOL_SCHEMAS", [*c.TOOL_SCHEMAS, {"type": "function", "function": function}])
+    monkeypatch.setattr(toolbox, "TOOL_SCHEMAS", [*c.TOOL_SCHEMAS, {"type": "function", "function": function}])
     box = {"weather": lambda given: ToolResult(f"{given['city']} {given['days'] + 1}", True, None, 0.0), "python": echo}
-    answer = c.run_call(ToolCall("weather", {"city": "Ulm", "days": 2}, "", True), [], box, c.RolloutArgs())
+    answer = run_call(ToolCall("weather", {"city": "Ulm", "days": 2}, "", True), [], box, 60.0)
     assert (answer.result, answer.ok) == ("Ulm 3", True)
-    answer = c.run_call(ToolCall("python", {"code": "1", "more": "2"}, "", True), [], box, c.RolloutArgs())
+    answer = run_call(ToolCall("python", {"code": "1", "more": "2"}, "", True), [], box, 60.0)
     assert (answer.result, answer.ok) == ("error: python takes one text argument", False)
 
 
@@ -242,7 +246,7 @@ def test_a_rows_own_system_message_comes_before_ours_unless_it_names_the_answer_
 
 
 def test_without_an_index_a_run_says_so(capsys):
-    with c.open_tools(c.RolloutArgs()):
+    with open_tools(RolloutArgs()):
         pass
     assert "without --index a search is answered with an error" in capsys.readouterr().out
 
@@ -251,7 +255,7 @@ def test_a_call_that_the_budget_cut_off_was_not_run():
     call = '<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n</tool_call>'
     tokenizer = byte_tokenizer()
     model = ScriptedModel(tokenizer, lambda response: call + " and so on" * 20)
-    args = c.RolloutArgs(num_generations=1, dialect="hermes", max_completion_length=len(call) + 20)
+    args = RolloutArgs(num_generations=1, dialect="hermes", max_completion_length=len(call) + 20)
     t = r.rollout(model, tokenizer, [question()], args, {"python": echo}, (0,))[0]
     assert t.finish == "length" and t.n_calls == 1
     assert [(call.ok, call.error, call.result) for call in t.tool_calls] == [(False, "not run", "")]
@@ -262,7 +266,7 @@ def test_a_call_inside_an_open_thought_is_none(mode):
     opening = "" if mode == "think" else "<think>"
     texts = [opening + "so <python>print(2)</python>", " is not it</think>" + ANSWER]
     tokenizer = byte_tokenizer()
-    args = c.RolloutArgs(num_generations=1, mode=mode)
+    args = RolloutArgs(num_generations=1, mode=mode)
     model = ScriptedModel(tokenizer, lambda response: texts["</python>" in response])
     t = r.rollout(model, tokenizer, [question()], args, {"python": echo}, (0,))[0]
     assert t.response_text == "<think>so <python>print(2)</python> is not it</think>" + ANSWER
@@ -274,20 +278,20 @@ def test_function_questions_end_with_their_calls():
     tokenizer = byte_tokenizer()
     model = ScriptedModel(tokenizer, lambda response: "<think>\n\n</think>\n\n" + call)
     q = Question("f", "call f", [{"f": {"x": [1]}}], "function", tools=[])
-    t = r.rollout(model, tokenizer, [q], c.RolloutArgs(num_generations=1), {}, (0,))[0]
+    t = r.rollout(model, tokenizer, [q], RolloutArgs(num_generations=1), {}, (0,))[0]
     assert t.dialect == "hermes" and t.finish == "eos" and t.tool_calls[0].arguments == {"x": 1}
 
 
 def test_gumbel_noise_samples_the_softmax():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     n = 20000
-    noise = r.gumbel_noise(torch.arange(n) * 7919 + (5 << 40), torch.full((n,), 3), 4)
+    noise = gumbel_noise(torch.arange(n) * 7919 + (5 << 40), torch.full((n,), 3), 4)
     counts = Counter((logits + noise).argmax(dim=1).tolist())
     for token, p in enumerate(logits.softmax(0).tolist()):
         assert counts[token] / n == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
-    again = r.gumbel_noise(torch.tensor([11 * 7919 + (5 << 40)]), torch.tensor([3]), 4)
+    again = gumbel_noise(torch.tensor([11 * 7919 + (5 << 40)]), torch.tensor([3]), 4)
     assert torch.equal(again[0], noise[11])
-    other = r.gumbel_noise(torch.tensor([11 * 7919 + (5 << 40)]), torch.tensor([4]), 4)
+    other = gumbel_noise(torch.tensor([11 * 7919 + (5 << 40)]), torch.tensor([4]), 4)
     assert not torch.equal(again, other)
     corr = torch.corrcoef(torch.stack([noise[:-1, 0], noise[1:, 0]]))[0, 1]
     assert abs(corr) < 0.03
@@ -300,12 +304,12 @@ def real(tiny_model):
 
 def test_samples_do_not_depend_on_the_batch_around_them(real):
     model, tokenizer = real
-    args = c.RolloutArgs(num_generations=3, max_completion_length=24)
+    args = RolloutArgs(num_generations=3, max_completion_length=24)
     questions = [question(str(i)) for i in range(4)]
     for i, q in enumerate(questions):
         q.question = "1+1?" * (1 + i % 3)  # prompts of different lengths: padding must not matter
     together = r.rollout(model, tokenizer, questions, args, {}, (1, 0))
-    small = c.RolloutArgs(num_generations=3, max_completion_length=24, rollout_batch_size=2)
+    small = RolloutArgs(num_generations=3, max_completion_length=24, rollout_batch_size=2)
     alone = r.rollout(model, tokenizer, questions[2:3], small, {}, (1, 0))
     assert [t.token_ids for t in together[6:9]] == [t.token_ids for t in alone]
     other_step = r.rollout(model, tokenizer, questions[2:3], small, {}, (1, 1))
@@ -316,7 +320,7 @@ def test_samples_do_not_depend_on_the_batch_around_them(real):
 def test_generation_config_of_the_model_is_ignored(real):
     """The tiny model's has top_k 3, T 0.1, a repetition penalty of 3 and no repeated bigrams: greedy must be argmax."""
     model, tokenizer = real
-    args = c.RolloutArgs(num_generations=1, max_completion_length=12, temperature=0.0)
+    args = RolloutArgs(num_generations=1, max_completion_length=12, temperature=0.0)
     t = r.rollout(model, tokenizer, [question()], args, {}, (0,))[0]
     ids = t.token_ids[: t.prompt_len]
     for token in t.token_ids[t.prompt_len :]:
@@ -328,11 +332,11 @@ def test_generation_config_of_the_model_is_ignored(real):
 def test_a_long_prompt_is_refused_before_any_work(real):
     _, tokenizer = real
     with pytest.raises(DataError, match=r"question 'q'.*--max_prompt_length 20"):
-        c.check_prompts([question()], tokenizer, c.RolloutArgs(max_prompt_length=20))
+        check_prompts([question()], tokenizer, RolloutArgs(max_prompt_length=20))
     small = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=1000))
-    c.check_prompts([question()], tokenizer, c.RolloutArgs(max_completion_length=400), small)
+    check_prompts([question()], tokenizer, RolloutArgs(max_completion_length=400), small)
     with pytest.raises(DataError, match="--max_completion_length 590 are more than the model's 1000 positions"):
-        c.check_prompts([question()], tokenizer, c.RolloutArgs(max_completion_length=590), small)
+        check_prompts([question()], tokenizer, RolloutArgs(max_completion_length=590), small)
 
 
 def test_command_line_continues_a_killed_run(tmp_path, tiny_model):

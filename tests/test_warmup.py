@@ -14,8 +14,7 @@ from tiny_models import ScriptedModel, byte_tokenizer
 
 import rollout
 import train_sft
-from core import run
-from core.trajectory import load_trajectories, save_trajectories
+from core.trajectory import DataError, load_trajectories, save_trajectories
 from methods import refine, warmup
 
 
@@ -182,7 +181,7 @@ def test_refine_command(probes, tmp_path, capsys):
     assert statistics["sampled"]["n"] == 3 and statistics["kept"]["variance_over_epochs"] == 0.0
     # asymmetric reward ±1: q0's means are 0 and 1
     assert statistics["sampled"]["variance_over_epochs"] == pytest.approx(0.5 / 3)
-    with pytest.raises(run.DataError, match="r.jsonl exists"):
+    with pytest.raises(DataError, match="r.jsonl exists"):
         refine.main(refine.Args(**probes))
 
 
@@ -191,5 +190,5 @@ def test_refine_errors(probes, tmp_path):
         refine.Args(**probes | {"trajectories": probes["trajectories"][:1]})
     lines = (tmp_path / "e1.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "e1.jsonl").write_text("".join(lines[2:]))
-    with pytest.raises(run.DataError, match="e1.jsonl: question_id 'q0' is not in every file"):
+    with pytest.raises(DataError, match="e1.jsonl: question_id 'q0' is not in every file"):
         refine.main(refine.Args(**probes))

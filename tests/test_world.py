@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from core.parse import parse_calls, well_formed
 from core.trajectory import DataError, read_jsonl
-from data.world import pretrain, text
+from data.world import pretrain
+from data.world import text as world_text
 from data.world.__main__ import main
 from data.world.facts import FAMILIES, GRADED, LETTERS, RATES, STYLE, World, questions
 from data.world.pretrain import collate, encode, exposure_plan, pack, step_text
@@ -137,7 +138,7 @@ def test_the_oracle_answers_every_question_with_the_needed_calls():
 def test_every_wording_of_a_query_finds_its_passage():
     index = SearchIndex.build(WORLD.passages(), progress=False)
     for fact in random.Random(0).sample(WORLD.facts["unknown"] + WORLD.facts["stale"], 200):
-        for query in text.QUERIES:
+        for query in world_text.QUERIES:
             found = render(index.search(query.format(r=fact.relation, s=fact.subject), 1))
             assert found == f"{fact.relation} of {fact.subject} is {fact.value}"
 
@@ -460,4 +461,4 @@ def greedy(model, tokenizer, row: dict, index: SearchIndex) -> tuple:
             found = render(index.search(call.arguments, 1))
         else:
             found = str(eval(call.arguments.removeprefix("print")))
-        text += found.join(text.RESULT)
+        text += found.join(world_text.RESULT)
