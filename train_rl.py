@@ -41,6 +41,7 @@ from core.model import (
     enable_checkpointing,
     head_weight,
     hidden_of_targets,
+    keep_values,
     load_policy,
     packed,
     save_adapter,
@@ -48,7 +49,7 @@ from core.model import (
     token_stats,
     use_reference,
 )
-from core.run import shuffled, start_run
+from core.run import question_indices, start_run
 from core.segments import Segment
 from core.trajectory import DataError, Trajectory, groups_of
 from data.questions import load_questions
@@ -238,6 +239,7 @@ def train(args: Args) -> dict:
             indices = question_indices(len(questions), args.questions_per_step, step, args.seed)
             mine = [distributed.share(part) for part in split(indices, args.updates_per_batch)]
             examples = [questions[i] for part in mine for i in part]
+            now = at_step(step, args)  # the flags, σ as the schedule has it at this step
 
             # ------------------------------------------------------------------------------------ rollout
             # G answers per question, with tools, from the policy as it is now
@@ -255,20 +257,15 @@ def train(args: Args) -> dict:
             if args.check:
                 check_trajectories(trajectories, tokenizer)
 
-            # ------------------------------------------------------------------------------------ reward
-            # over a whole group, because ET-Agent compares each answer with its siblings
-            now = at_step(step, args)
+            # ------------------------------------------------------------------------------------ reward, advantage
+            # Rewards need the whole group, because ET-Agent compares each answer with its siblings. An advantage is one
+            # number per token, 0 on prompts and tool results, so that they never train; a group whose rewards are all
+            # equal gets 0 everywhere: it has nothing to teach.
             for group in groups_of(trajectories):
                 correctness, formed = zip(*(grade(t) for t in group))
-                for t, terms in zip(group, REWARDS[args.reward](group, list(correctness), list(formed), now)):
-                    t.rewards = terms
-
-            # ------------------------------------------------------------------------------------ advantage
-            # one number per token, 0 on prompts and tool results, so that they never train; a group whose rewards are
-            # all equal gets 0 everywhere: it has nothing to teach
-            for group in groups_of(trajectories):
-                for t, values in zip(group, ADVANTAGES[args.advantage](group, [t.rewards for t in group], args)):
-                    t.advantage = values
+                rewards = REWARDS[args.reward](group, list(correctness), list(formed), now)
+                for t, terms, values in zip(group, rewards, ADVANTAGES[args.advantage](group, rewards, args)):
+                    t.rewards, t.advantage = terms, values
                     t.check()
 
             # ------------------------------------------------------------------------------------ update
@@ -316,12 +313,6 @@ def train(args: Args) -> dict:
     return result
 
 
-def question_indices(n: int, per_step: int, step: int, seed: int) -> list[int]:
-    """Indices of the step's questions: cuts of one seeded permutation per epoch, its remainder dropped."""
-    epoch, cut = divmod(step, n // per_step)
-    return shuffled(n, seed, "order", epoch)[cut * per_step : (cut + 1) * per_step]
-
-
 def at_step(step: int, args: Args) -> Args:
     """The flags as they hold at a step (from 0): with the linear schedule σ_t = σ (T − t) / (T − 1) [PAPERS A4].
 
@@ -367,24 +358,18 @@ def micro_batches(part: list[Trajectory], model: torch.nn.Module, pad_id: int, a
     for rows in packed(part, args.per_device_train_batch_size, args.max_tokens_per_micro_batch):
         batch = collate(rows, pad_id, device())
         logp, entropy = token_stats(model, batch, args.temperature)  # (B, T)
-        keep(rows, "entropy", entropy)
+        keep_values(rows, "entropy", entropy)
         if args.check:
-            keep(rows, "old_logp", logp)
+            keep_values(rows, "old_logp", logp)
         ref_logp = None
         if args.beta > 0 or args.indicator == "reference":
             with use_reference(model):
                 ref, entropy = token_stats(model, batch, args.temperature)
             ref_logp = ref[batch.loss_mask]
             if args.indicator == "reference":
-                keep(rows, "ref_entropy", entropy)
+                keep_values(rows, "ref_entropy", entropy)
         result.append(MicroBatch(rows, batch, logp[batch.loss_mask], ref_logp if args.beta > 0 else None))
     return result
-
-
-def keep(rows: list[Trajectory], name: str, values: Tensor) -> None:
-    """Write (B, T) values into a per-token field of the trajectories, without the padding."""
-    for t, row in zip(rows, values.tolist()):
-        setattr(t, name, row[: len(t.token_ids)])
 
 
 def update(

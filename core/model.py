@@ -336,6 +336,12 @@ def token_stats(model: torch.nn.Module, batch: Batch, temperature: float = 1.0) 
     return empty.masked_scatter(batch.loss_mask, logp), empty.masked_scatter(batch.loss_mask, entropy)
 
 
+def keep_values(rows: list[Trajectory], name: str, values: Tensor) -> None:
+    """Write (B, T) values into a per-token field of the trajectories, without the padding."""
+    for t, row in zip(rows, values.tolist()):
+        setattr(t, name, row[: len(t.token_ids)])
+
+
 @torch.no_grad()
 def token_entropies(
     trajectories: list[Trajectory], model: torch.nn.Module, pad_id: int, batch_size: int

@@ -206,6 +206,12 @@ def shuffled(n: int, *seed_parts: Any) -> list[int]:
     return order
 
 
+def question_indices(n: int, per_step: int, step: int, seed: int) -> list[int]:
+    """Indices of the step's questions: cuts of one seeded permutation per epoch, its remainder dropped."""
+    epoch, cut = divmod(step, n // per_step)
+    return shuffled(n, seed, "order", epoch)[cut * per_step : (cut + 1) * per_step]
+
+
 def table(header: list[str], rows: list[list]) -> str:
     """A markdown table; floats with three digits, None as –, columns padded so that it also reads well in a terminal."""
     shown = {float: "{:.3f}".format, type(None): lambda _: "–"}

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.conversation import Draft
 from core.run import seed_of
-from core.trajectory import Question, Trajectory
+from core.trajectory import Question
 from engines.args import SamplingArgs
 from engines.turns import start_draft
 
@@ -125,9 +125,3 @@ def grow(tree: Tree, tokenizer: PreTrainedTokenizerBase, args: SamplingArgs, run
     if tree.full:
         tree.forks.clear()  # and with them the cache rows of children that found no place
     return tree.drafts[before:]
-
-
-def tokens_saved(trajectories: list[Trajectory]) -> float:
-    """Share of the model-written tokens that were inherited from a parent instead of sampled."""
-    inherited = sum(sum(t.loss_mask[: t.meta.get("inherited", 0)]) for t in trajectories)
-    return inherited / max(sum(t.completion_tokens for t in trajectories), 1)

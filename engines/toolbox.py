@@ -6,7 +6,7 @@ schema in `TOOL_SCHEMAS`, and a sentence in the prompt.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,11 @@ ToolBox = dict[str, Callable[[Any], ToolResult]]  # name -> (its text; a dict if
 @contextmanager
 def open_tools(args: SamplingArgs) -> Iterator[ToolBox]:
     """The tools a model may call: python always, search if `--index` is given (else says so). Closed on exit."""
-    with ExitStack() as stack:
-        sandbox = stack.enter_context(PythonSandbox(args.python_timeout, workers=args.tool_workers))
-        toolbox: ToolBox = {"python": sandbox.run}
-        if args.index:
-            toolbox["search"] = search_tool(args)
-        else:
-            print("tools: python; without --index a search is answered with an error")
-        yield toolbox
+    search = {"search": search_tool(args)} if args.index else {}
+    if not search:
+        print("tools: python; without --index a search is answered with an error")
+    with PythonSandbox(args.python_timeout, workers=args.tool_workers) as sandbox:
+        yield {"python": sandbox.run, **search}
 
 
 def search_tool(args: SamplingArgs) -> Callable[[str], ToolResult]:

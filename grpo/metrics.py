@@ -4,7 +4,7 @@
 tokens), `completions/clipped_ratio` (ran out of tokens or calls), `entropy` (nats per token, full vocabulary, sampling
 temperature), `kl` (k3 to the starting adapter, per token), `clip_ratio/*` (share of model-written tokens whose gradient
 the clip removed), `frac_reward_zero_std`, `tools/call_frequency` (calls per trajectory), `tools/failure_frequency` (share
-of calls), `void_turns` (share of trajectories with a turn of neither call nor answer), `think_rate`, `beta_long`.
+of calls), `rollout/tokens_saved` (share of model-written tokens that branching inherited), `think_rate`, `beta_long`.
 """
 
 import json
@@ -18,8 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from core.conversation import NO_THINK, encode
 from core.segments import mean_entropy
 from core.trajectory import Trajectory
-from engines.branching import tokens_saved
-from eval.behaviour import void_turns
 from grpo.advantages import MIN_STD
 
 CLIPPED = 0.2  # share of responses that were cut off above which a run says so
@@ -55,11 +53,16 @@ def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
         "tools/call_frequency": fmean(t.n_calls for t in flat),
         "tools/failure_frequency": sum(not c.ok for c in calls) / max(len(calls), 1),
         "num_turns/mean": fmean(1 + sum(s.kind == "tool_result" for s in t.spans) for t in flat),
-        "void_turns": fmean(void_turns(t) > 0 for t in flat),
         "time/tool_p50": seconds[len(seconds) // 2],
         "time/tool_p99": seconds[len(seconds) * 99 // 100],
         "rollout/tokens_saved": tokens_saved(flat),
     }
+
+
+def tokens_saved(trajectories: list[Trajectory]) -> float:
+    """Share of the model-written tokens that were inherited from a parent instead of sampled."""
+    inherited = sum(sum(t.loss_mask[: t.meta.get("inherited", 0)]) for t in trajectories)
+    return inherited / max(sum(t.completion_tokens for t in trajectories), 1)
 
 
 def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -74,8 +77,11 @@ def mode_metrics(trajectories: list[Trajectory], opening: int) -> dict[str, floa
     questions whose rows name that `level`, such as the world's short and long sums.
     """
     metrics = {"think_rate": fmean(t.mode == "think" for t in trajectories)}
-    for level in sorted({str(t.meta["level"]) for t in trajectories if "level" in t.meta}):
-        metrics[f"think_rate/{level}"] = fmean(t.mode == "think" for t in trajectories if t.meta.get("level") == level)
+    levels: dict[str, list[bool]] = {}
+    for t in trajectories:
+        if "level" in t.meta:
+            levels.setdefault(f"think_rate/{t.meta['level']}", []).append(t.mode == "think")
+    metrics |= {name: fmean(thought) for name, thought in sorted(levels.items())}
     for mode in ("think", "no_think"):
         if entropies := [mean_entropy(t) for t in trajectories if t.mode == mode and t.completion_tokens]:
             metrics[f"entropy/{mode}"] = fmean(entropies)

@@ -3,14 +3,11 @@
 Run: python -m pytest tests/test_behaviour.py
 """
 
-import json
-import subprocess
-import sys
 
 import pytest
 
 from core.parse import parse_calls, spans_of
-from core.trajectory import Trajectory, load_trajectories, save_trajectories
+from core.trajectory import Trajectory
 from eval.behaviour import (
     call_spread,
     duplicate_calls,
@@ -200,26 +197,3 @@ def test_correctness_by_task():
     assert correctness(make(call, task="function", gold=[{"f": {"x": [1]}}])) == 0.0
     assert correctness(make("none fits", task="function", gold=[])) == 1.0
     assert correctness(make(call, task="function", gold=[])) == 0.0
-
-
-def test_command_line(tmp_path):
-    file = tmp_path / "t.jsonl"
-    world = make(SEARCH + ANSWER, gold="1932", qid="w", min_tool_calls=0, family="recall")
-    save_trajectories(
-        file, [make(SEARCH + ANSWER, gold="1932"), make(SEARCH, gold="1932", idx=1, finish="length"), world]
-    )
-    assert len(load_trajectories(file)) == 3
-    command = [sys.executable, "-m", "eval.behaviour", str(file), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    saved = json.loads((tmp_path / "out" / "behaviour.json").read_text())
-    assert set(saved["rates"]) == {"all", "qa", "recall"} and saved["rates"]["recall"]["redundant"] == 1.0
-    assert saved["rates"]["qa"]["correctness"] == 0.5 and saved["rates"]["qa"]["void"] == 0.0
-    assert "recall" in done.stdout and "| all" in done.stdout
-
-
-def test_command_line_names_the_broken_line(tmp_path):
-    file = tmp_path / "t.jsonl"
-    file.write_text(make(ANSWER).to_json() + "\n{broken\n")
-    done = subprocess.run([sys.executable, "-m", "eval.behaviour", str(file)], capture_output=True, text=True)
-    assert done.returncode == 2 and f"{file}:2:" in done.stderr

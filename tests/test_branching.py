@@ -17,6 +17,7 @@ from engines import branching as b
 from engines import fast as e
 from engines import hf
 from engines.hf import OpeningEntropy
+from grpo.metrics import tokens_saved
 from rollout import RolloutArgs
 from tools.sandbox import ToolResult
 
@@ -111,7 +112,7 @@ def test_a_rollout_branches_where_its_coin_is_below_the_probability(monkeypatch)
     first, second = len(CALL + RESULT), len(CALL + RESULT + CALL + RESULT)
     assert [t.meta["inherited"] - t.prompt_len for t in out[2:]] == [first, second, second]
     saved = (len(CALL) + 2 * 2 * len(CALL)) / (5 * len(CALL + CALL + ANSWER))
-    assert b.tokens_saved(out) == pytest.approx(saved)
+    assert tokens_saved(out) == pytest.approx(saved)
 
 
 def test_threshold_takes_every_rise_and_random_ignores_it(monkeypatch):
@@ -186,7 +187,7 @@ def test_the_measured_entropy_is_that_of_the_scores_sampled_from(real, monkeypat
     """Both engines note H / ln V of the tempered distribution at each of the first 20 tokens."""
     model, tokenizer = real
     noted = []
-    for module in (r, e):
+    for module in (hf, e):
         monkeypatch.setattr(module, "note_segment", lambda draft, entropies, mode: noted.append(entropies))
     for engine in ("hf", "fast"):
         flags = dict(num_generations=2, branching="arpo", temperature=0.7, max_completion_length=30, engine=engine)

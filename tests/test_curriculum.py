@@ -29,7 +29,7 @@ def low_ids(group, correctness, formed, a):
 @pytest.fixture
 def flags(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "et_agent", low_ids)
-    monkeypatch.setattr(selection, "score", by_ids)
+    monkeypatch.setattr(selection, "grade", by_ids)
     data = tmp_path / "q.jsonl"
     data.write_text("".join(json.dumps({"id": f"q{i}", "question": f"{i}?", "answer": "1"}) + "\n" for i in range(7)))
     return dict(
@@ -106,7 +106,7 @@ class Killed(Exception):
 
 def test_killed_anywhere_it_ends_with_the_same_adapter(flags, tmp_path, monkeypatch):
     whole = run(flags)
-    real, calls = rollout.complete_trees, []
+    real, calls = rollout.complete_groups, []
 
     def mortal(*args):
         calls.append(0)
@@ -144,12 +144,12 @@ def test_a_round_without_enough_questions_ends_the_curriculum(flags, tmp_path, m
     def right_after_training(t):
         return (1.0, True) if (tmp_path / "run/round-2").exists() else by_ids(t)
 
-    monkeypatch.setattr(selection, "score", right_after_training)
+    monkeypatch.setattr(selection, "grade", right_after_training)
     result = run(flags)
     assert len(result["rounds"]) == 1 and result["adapter"].endswith("round-1/rl")
     assert "round 2: 0 questions selected, fewer than --questions_per_step 2" in result["ended"]
     assert result["ended"] in capsys.readouterr().out
-    monkeypatch.setattr(selection, "score", lambda t: (0.0, True))
+    monkeypatch.setattr(selection, "grade", lambda t: (0.0, True))
     with pytest.raises(DataError, match="round 1: 0 questions selected"):
         run(flags, output_dir=str(tmp_path / "none"))
 

@@ -101,4 +101,4 @@ def test_a_checked_run_of_the_world_is_sound(tmp_path, engine):
     for row in rows:
         assert 0 < row["check/all/max"] < 1e-3 and row["check/all/outside"] == 0.0
         assert {"check/think/mean", "check/tool_call/mean", "check/answer/mean"} <= row.keys()
-        assert row["entropy_alarm"] == 1.0
+        assert row["entropy_alarm"] == 0.0

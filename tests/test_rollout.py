@@ -151,10 +151,8 @@ def test_call_limits_end_the_trajectory():
 
 
 def test_refusals_reach_the_model_as_failed_calls():
-    t, _ = sample([CALL, CALL, CALL, ANSWER], refuse_repeats=True)
-    assert [c.ok for c in t.tool_calls] == [True, True, False] and "refused" in t.tool_calls[2].result
     t, _ = sample([CALL, CALL, ANSWER], max_tool_seconds=0.4)
-    assert [c.ok for c in t.tool_calls] == [True, False]
+    assert [c.ok for c in t.tool_calls] == [True, False] and "refused" in t.tool_calls[1].result
     t, _ = sample(["<search>x</search>", ANSWER])
     assert "no tool named search" in t.response_text and not t.tool_calls[0].ok
 

@@ -26,6 +26,7 @@ import train_sft
 from core import run
 from core.args import RunArgs, cli, parse_args
 from core.model import add_reference, collate, hidden_of_targets, load_policy, packed, token_stats, use_reference
+from core.run import question_indices
 from core.trajectory import DataError
 from data.questions import load_questions
 from data.world.tokenizer import build_tokenizer
@@ -126,7 +127,10 @@ def plain_loss(model, part, args):
     """The same loss by autograd on whole logits, per trajectory, from the formulas of PAPERS A4."""
     rows = [t for mb in part for t in mb.trajectories]
     weights = token_weights([t.completion_tokens for t in rows], args.loss_type, args.max_completion_length)
-    total = 0.0
+    total, old = 0.0, {}
+    for mb in part:
+        sizes = [t.completion_tokens for t in mb.trajectories]
+        old |= {(t.question_id, t.sample_idx): v for t, v in zip(mb.trajectories, mb.old_logp.split(sizes))}
     for t, w in zip(rows, weights):
         ids = torch.tensor([t.token_ids])
         logps = (model(ids).logits[0] / args.temperature).log_softmax(-1)[:-1]
@@ -136,10 +140,9 @@ def plain_loss(model, part, args):
         if args.beta > 0:
             with use_reference(model):
                 ref = (model(ids).logits[0] / args.temperature).log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
-        for i, mask in enumerate(t.loss_mask):
-            if not mask:
-                continue
-            ratio = (logp[i - 1] - t.old_logp[i]).exp()
+        trained = [i for i, mask in enumerate(t.loss_mask) if mask]
+        for i, before in zip(trained, old[t.question_id, t.sample_idx], strict=True):
+            ratio = (logp[i - 1] - before).exp()
             clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon_high)
             loss = -torch.minimum(ratio * t.advantage[i], clipped * t.advantage[i])
             if args.beta > 0:
@@ -285,8 +288,7 @@ def test_non_finite_updates_are_skipped(flags, capsys):
 
 
 def test_question_order_covers_every_epoch():
-    args = type("Args", (), {"questions_per_step": 3, "seed": 5})
-    steps = [train_rl.question_indices(7, s, args) for s in range(4)]
+    steps = [question_indices(7, 3, s, 5) for s in range(4)]
     assert len(set(steps[0] + steps[1])) == 6 and len(set(steps[2] + steps[3])) == 6
     assert steps[:2] != steps[2:]
 
@@ -383,17 +385,17 @@ def test_reference_entropies_are_those_of_the_start(flags):
 
 def test_mode_metrics_by_hand():
     def row(mode, entropy):
-        meta = {"terms": 5 + len(entropy)}  # 7 and 8 terms make a long sum
+        meta = {"level": "long"} if len(entropy) > 1 else {"level": 1}
         return SimpleNamespace(
             mode=mode, entropy=[0.0, *entropy], prompt_len=1, completion_tokens=len(entropy), meta=meta
         )
 
     rows = [row("think", [0.5, 0.1]), row("think", [0.7, 0.3, 0.2]), row("no_think", [0.6])]
     assert metrics.mode_metrics(rows, 1) == pytest.approx(
-        {"think_rate": 2 / 3, "think_rate/long": 1.0, "entropy/think": 0.35, "entropy/no_think": 0.6, "entropy/decision": 0.6}
+        {"think_rate": 2 / 3, "think_rate/long": 1.0, "think_rate/1": 0.0, "entropy/think": 0.35, "entropy/no_think": 0.6, "entropy/decision": 0.6}
     )
     assert metrics.mode_metrics(rows, 2)["entropy/decision"] == pytest.approx((0.6 + 1.0 + 0.6) / 3)
-    assert metrics.mode_metrics(rows[2:], 0) == {"think_rate": 0.0, "entropy/no_think": 0.6}
+    assert metrics.mode_metrics(rows[2:], 0) == {"think_rate": 0.0, "think_rate/1": 0.0, "entropy/no_think": 0.6}
 
 
 def test_tokens_that_decide_the_mode():

@@ -43,8 +43,8 @@ def vocabulary() -> list[str]:
               [text.SYNTAX_ERROR, passages.passage("", "", ""), "or check plus"]]  # fmt: skip
     for noun, (verbs, slots, requests) in facts.FUNCTIONS.items():
         spoken += [[noun], verbs, requests, *(names for names, _ in slots.values())]
-    text = " ".join(part for parts in spoken for part in parts)
-    words = sorted(set(re.findall(r"[A-Za-z]{2,}", re.sub(r"\{\w+\}", " ", text))))
+    said = " ".join(part for parts in spoken for part in parts)
+    words = sorted(set(re.findall(r"[A-Za-z]{2,}", re.sub(r"\{\w+\}", " ", said))))
     syllables = facts.FIRST_SYLLABLES + facts.LATER_SYLLABLES
     plain = [*facts.LETTERS, *"0123456789", *syllables, *words]
     spaced = [" " + token for token in [*facts.LETTERS, *"0123456789", *facts.FIRST_SYLLABLES, *words]]
