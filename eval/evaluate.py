@@ -76,8 +76,8 @@ def evaluate(trajectories: list[Trajectory], billion_parameters: float = 0.0) ->
         "all": _metrics(scored, billion_parameters),
         "families": {name: _metrics(rows, billion_parameters) for name, rows in sorted(families.items())},
         "subsets": {name: _metrics(rows, billion_parameters) for name, rows in sorted(subsets.items())},
-        "failed_calls": failure_histogram(trajectories),
-        "call_spread_of_correct": call_spread(trajectories, [s for _, s, _ in scored]),
+        "failed_calls": {str(k): n for k, n in failure_histogram(trajectories).items()},  # as json will have it
+        "call_spread_of_correct": {str(k): n for k, n in call_spread(trajectories, [s for _, s, _ in scored]).items()},
     }
 
 

@@ -1,6 +1,6 @@
-"""Map of the action space per stage [2601.06860, fig. 7; PAPERS A6]: where the trajectories of each stage lie.
+"""Draws a map of what models do: where the trajectories of several training stages lie [2601.06860, fig. 7; PAPERS A6].
 
-    python -m experiments.action_space --model_name_or_path data/tiny --trajectories base=b.jsonl rl=r.jsonl --output out/map
+    python -m experiments.action_space --model_name_or_path data/tiny --trajectories base=b.jsonl rl=r.jsonl --output D
 
 One model embeds the trajectories of all stages: the mean of its last hidden states over the model-written tokens. The
 plane is that of the two largest principal components of all embeddings together. Writes action_space.json (coordinates,
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -30,8 +31,6 @@ class Args(ModelArgs):
     trajectories: list[str] = arg([], "NAME=FILE for each stage, trajectory files of one tokenizer (required)")
     output: str = arg("", "folder for action_space.json and action_space.png (required)")
     limit: int = arg(500, "first N trajectories of each stage, 0 = all")
-    batch_size: int = arg(32, "trajectories in one forward pass")
-    threads: int = arg(2, "CPU threads")
 
     def __post_init__(self):
         super().__post_init__()
@@ -40,13 +39,10 @@ class Args(ModelArgs):
         names = [entry.partition("=")[0] for entry in self.trajectories]
         if any("=" not in entry for entry in self.trajectories) or len(set(names)) < len(names):
             raise ValueError(f"--trajectories {' '.join(self.trajectories)}: must be NAME=FILE with different names")
-        if self.batch_size < 1 or self.limit < 0:
-            raise ValueError(f"--batch_size {self.batch_size} and --limit {self.limit} must not be that small")
 
 
 def main(args: Args) -> dict:
     """Embed, project, draw; returns the content of action_space.json."""
-    torch.set_num_threads(args.threads)
     stages: dict[str, list[Trajectory]] = {}
     for name, _, path in (entry.partition("=") for entry in args.trajectories):
         stages[name] = load_trajectories(path)[: args.limit or None]
@@ -54,30 +50,25 @@ def main(args: Args) -> dict:
             raise DataError(f"--trajectories {name}={path}: a trajectory without model-written tokens, or none at all")
     model, tokenizer = load_policy(args, trainable=False)
     model.to(device())
-    embedded = {name: embeddings(ts, model, tokenizer, args.batch_size) for name, ts in stages.items()}
+    embedded = {name: embeddings(ts, model, tokenizer) for name, ts in stages.items()}
     points, explained = principal_plane(torch.cat(list(embedded.values())))
-    parts = dict(zip(stages, points.split([len(ts) for ts in stages.values()])))
-    result = {
-        "model": args.model_name_or_path,
-        "explained": explained,
-        "spread": {name: spread(e) for name, e in embedded.items()},
-        "stages": {name: [_record(t, *xy) for t, xy in zip(ts, parts[name].tolist())] for name, ts in stages.items()},
-    }
+    rows = {}
+    for (name, ts), plane in zip(stages.items(), points.split([len(ts) for ts in stages.values()])):
+        known = [{"id": t.question_id, "sample_idx": t.sample_idx, "family": t.family, "calls": t.n_calls} for t in ts]
+        rows[name] = [row | {"x": x, "y": y} for row, (x, y) in zip(known, plane.tolist())]
+    wide = {name: spread(e) for name, e in embedded.items()}
+    result = {"model": args.model_name_or_path, "explained": explained, "spread": wide, "stages": rows}
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "action_space.json", json.dumps(result, indent=1) + "\n")
-    draw(folder / "action_space.png", result["stages"])
-    print(table(["stage", "n", "spread"], [[name, len(stages[name]), s] for name, s in result["spread"].items()]))
+    draw(folder / "action_space.png", rows)
+    print(table(["stage", "n", "spread"], [[name, len(stages[name]), s] for name, s in wide.items()]))
     print(f"variance in the plane: {explained[0]:.2f} + {explained[1]:.2f}")
     return result
 
 
-def _record(t: Trajectory, x: float, y: float) -> dict:
-    return {"id": t.question_id, "sample_idx": t.sample_idx, "family": t.family, "calls": t.n_calls, "x": x, "y": y}
-
-
 def embeddings(
-    trajectories: list[Trajectory], model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    trajectories: list[Trajectory], model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
 ) -> Tensor:
     """(N, H) float32: mean of the last hidden states over each trajectory's tokens with loss_mask 1."""
     rows, decoder = [], causal_lm(model).base_model
@@ -96,14 +87,12 @@ def principal_plane(points: Tensor) -> tuple[Tensor, list[float]]:
     Each component points to the side of its largest weight, so that the map does not flip between runs. Dimensions that
     the points do not span (N or H of 1 among them) are 0.
     """
-    centred = (points - points.mean(dim=0)).double()
-    _, sizes, directions = torch.linalg.svd(centred, full_matrices=False)  # (K,), (K, H), K = min(N, H)
+    centred = pad((points - points.mean(dim=0)).double(), (0, 1, 0, 1))  # row and column of 0: two components at least
+    _, sizes, directions = torch.linalg.svd(centred, full_matrices=False)  # (K,), (K, H + 1)
     directions = directions[:2]
     signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()  # (2, 1)
     shares = (sizes**2 / (sizes**2).sum().clamp(min=1e-30))[:2].tolist()
-    plane = torch.zeros(len(points), 2, dtype=torch.float64)
-    plane[:, : len(directions)] = centred @ (directions * signs).T
-    return plane, [*shares, 0.0][:2]
+    return centred[:-1] @ (directions * signs).T, shares
 
 
 def spread(points: Tensor) -> float:
@@ -113,18 +102,15 @@ def spread(points: Tensor) -> float:
 
 def draw(path: Path, stages: dict[str, list[dict]]) -> None:
     """One panel per stage: its trajectories by family, in grey those of the other stages."""
-    plt = pyplot()
     families = sorted({row["family"] for rows in stages.values() for row in rows})
-    colours = dict(zip(families, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(families)))
     size = dict(figsize=(3.6 * len(stages) + 1, 3.6), sharex=True, sharey=True, squeeze=False)
-    figure, axes = plt.subplots(1, len(stages), **size)
+    figure, axes = pyplot().subplots(1, len(stages), **size)
     for axis, (name, rows) in zip(axes[0], stages.items()):
         others = [row for other, found in stages.items() if other != name for row in found]
         axis.scatter([row["x"] for row in others], [row["y"] for row in others], s=4, color="0.88")
-        for family in families:
-            members = [row for row in rows if row["family"] == family]
-            x, y = [row["x"] for row in members], [row["y"] for row in members]
-            axis.scatter(x, y, s=6, color=colours[family], label=family)
+        for k, family in enumerate(families):
+            x, y = ([row[at] for row in rows if row["family"] == family] for at in ("x", "y"))
+            axis.scatter(x, y, s=6, color=f"C{k}", label=family)
         axis.set_title(name, fontsize=10)
     axes[0][-1].legend(frameon=False, fontsize=7, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)

@@ -1,6 +1,6 @@
-"""The report of the claims, made from their rows alone: what held, by how much, and what was not run (experiments/claims.py).
+"""Writes the report of the claims from their rows alone: what held, by how much, and what was not run.
 
-report.md: an overview of all claims; of every claim with a pair that was run the differences of its pairs and the
+report.md holds an overview of all claims; of every claim with a pair that was run the differences of its pairs and the
 metrics of its variants; two figures.
 """
 
@@ -12,10 +12,11 @@ from statistics import fmean, stdev
 from core.run import table, write_text
 from core.trajectory import DataError
 from eval.intervals import Interval, failure, paired_interval, verdict
-from experiments.claim_cells import column
-from experiments.claim_list import VARIANTS, WORLDS, Claim
+from experiments.cells import column
+from experiments.claim_list import Claim
 from experiments.entropy_pilot import LABELS
-from experiments.figures import pyplot, save
+from experiments.figures import calls_and_correctness, pyplot, save
+from experiments.variants import VARIANTS, WORLDS
 
 Rows = dict[tuple[str, int], dict]  # (variant, seed) -> its row of rows.jsonl
 TOOL_METRICS = ("correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking")
@@ -30,29 +31,28 @@ DRAWN = {  # its variants
 }  # fmt: skip
 
 
-def write_report(
-    folder: Path, claims: dict[str, Claim], rows: Rows, seeds: int, questions: int
-) -> dict[str, list[str]]:
+def write_report(folder: Path, claims: dict[str, Claim], rows: Rows, seeds: int) -> dict[str, list[str]]:
     """Write folder/report.md and its figures; returns claim -> verdicts of its pairs, in words."""
     found = {name: [decide(claim, pair, rows, seeds) for pair in claim.pairs] for name, claim in claims.items()}
     verdicts = {name: [line[-1] for line in lines] for name, lines in found.items()}
     variants = variants_of(claims.values())
     commits = sorted({row["commit"] for row in rows.values()})
     counts = {name: [sum(v.startswith(word) for v in verdicts[name]) for word in WORDS] for name in claims}
+    questions = sorted({len(column(row, "correctness")) for row in rows.values()}) or ["no"]
     complete = sum(sum(row[:3]) for row in counts.values())
     overview = [[name, claim.says, *(n or "" for n in counts[name])] for name, claim in claims.items()]
     parts = [
         "# Claims", "",
         f"- {len(rows)} of {len(variants) * seeds} cells; commits {', '.join(commits) or 'none'}",
-        f"- {seeds} paired seeds, {questions} held-out questions, the same for all cells of a world",
+        f"- {seeds} paired seeds, {', '.join(map(str, questions))} held-out questions, the same for all of a world",
         "- difference: first variant minus second, mean [95 % interval over seeds and questions]; thresholds are in "
         "experiments/claim_list.py, each written before the rows of its pairs",
-        "- holds: the interval excludes 0, its mean reaches the threshold, and correctness is certainly not lower by the "
-        "margin; fails: the interval lies the other way (opposite), does not reach the threshold (smaller), or "
-        "correctness is certainly lower by more than the margin (correctness); else undecided; unfinished: seeds missing",
-        "- seeds for margin: as many would shrink the interval of correctness, at the spread seen, to ± the margin; where "
-        "more than were run, a claim of equal correctness can only fail or stay undecided",
-        f"- every interval stands for itself: of the {complete} pairs with all seeds, which share variants, a twentieth "
+        "- holds: the interval excludes 0, its mean reaches the threshold, and correctness is certainly not lower by "
+        "the margin; fails: the interval lies the other way (opposite), does not reach the threshold (smaller), or "
+        "correctness is certainly lower by more than the margin (correctness); else undecided; unfinished: seeds miss",
+        "- seeds for margin: as many would shrink the interval of correctness, at the spread seen, to ± the margin; "
+        "where more than were run, a claim of equal correctness can only fail or stay undecided",
+        f"- every interval stands for itself: of the {complete} pairs with all seeds, which share variants, one in 20 "
         "would exclude 0 by chance if there were no difference anywhere",
         "- some of the held-out questions with tools also occur in training, word for word: the world has few sums and "
         "facts (the reproduction's report counts them)",
@@ -74,9 +74,8 @@ def write_report(
             parts += ["By what a call was worth: share with ΔH below −margin, mean ΔH, mean H before it (nats), of the "
                       "calls between two segments that are not empty:", ""]  # fmt: skip
             parts += [calls_table(claim, rows), ""]
-    left = {v: [s for s in range(seeds) if (v, s) not in rows] for v in variants}
-    missing = [f"{v}/{','.join(map(str, numbers))}" for v, numbers in left.items() if numbers]
-    parts += ["## Not run", "", "Cells as variant/seeds: " + (" ".join(missing) or "none") + ".", ""]
+    missing = in_short((v, s) for v in variants for s in range(seeds) if (v, s) not in rows)
+    parts += ["## Not run", "", f"Cells as variant/seeds: {missing}.", ""]
     folder.mkdir(parents=True, exist_ok=True)
     draw_calls(folder / "calls.png", rows)
     draw_modes(folder / "modes.png", rows)
@@ -87,6 +86,14 @@ def write_report(
 def variants_of(claims: Iterable[Claim]) -> list[str]:
     """The variants that the claims compare, each once, in their order."""
     return list(dict.fromkeys(v for claim in claims for pair in claim.pairs for v in pair))
+
+
+def in_short(cells: Iterable[tuple[str, int]]) -> str:
+    """Cells as variant/seeds: "rft/0,1 rl_et/4"."""
+    found: dict[str, list[str]] = {}
+    for variant, seed in cells:
+        found.setdefault(variant, []).append(str(seed))
+    return " ".join(f"{variant}/{','.join(seeds)}" for variant, seeds in found.items()) or "none"
 
 
 def in_words(metric: str) -> str:
@@ -121,7 +128,7 @@ def decide(claim: Claim, pair: tuple[str, str], rows: Rows, seeds: int) -> list:
 
 
 def seeds_for_margin(correctness: Interval, claim: Claim, seeds: list[int]) -> int | str:
-    """Seeds at which an interval of this spread is ± the claim's margin: its width falls with the root of their number."""
+    """Seeds at which an interval of this spread is ± the claim's margin: it shrinks with the root of their number."""
     if claim.margin is None or isnan(correctness.low):
         return ""
     half = (correctness.high - correctness.low) / 2
@@ -160,16 +167,15 @@ def variants_table(claim: Claim, rows: Rows) -> str:
     On sums also how many seeds collapsed, and the share of groups without signal in the last steps; with branching
     the share of sampled tokens that it saved.
     """
-    sums = WORLDS[VARIANTS[claim.pairs[0][0]].world].easy_share is not None
-    metrics, lines = MODE_METRICS if sums else TOOL_METRICS, []
-    branched = any(saved_tokens(row) for v in variants_of([claim]) for row in seeds_of(v, rows))
-    for variant in variants_of([claim]):
-        if not (mine := seeds_of(variant, rows)):
-            continue
-        line = [variant, len(mine)]
-        for metric in metrics:
-            means = [fmean(values(row, metric)) for row in mine]
-            line.append(f"{fmean(means):.3f}" + (f" ± {stdev(means):.3f}" if len(means) > 1 else ""))
+    sums = WORLDS[VARIANTS[claim.pairs[0][0]].world].sums
+    found = {variant: mine for variant in variants_of([claim]) if (mine := seeds_of(variant, rows))}
+    metrics = MODE_METRICS if sums else TOOL_METRICS
+    branched = any(saved_tokens(row) for mine in found.values() for row in mine)
+    head = ["variant", "seeds", *map(in_words, metrics), *["tokens saved"] * branched]
+    lines = []
+    for variant, mine in found.items():
+        means = [[fmean(values(row, metric)) for row in mine] for metric in metrics]
+        line = [variant, len(mine), *(f"{fmean(m):.3f}" + (f" ± {stdev(m):.3f}" if len(m) > 1 else "") for m in means)]
         if branched:
             line.append(fmean(saved_tokens(row) for row in mine))
         if sums:
@@ -177,8 +183,7 @@ def variants_table(claim: Claim, rows: Rows) -> str:
             line.append(sum(fmean(values(row, "thinking|hard")) < COLLAPSED for row in mine))
             line.append(fmean(silent) if silent else "")
         lines.append(line)
-    names = ["variant", "seeds", *map(in_words, metrics), *(["tokens saved"] if branched else [])]
-    return table(names + (["collapsed", "groups without signal"] if sums else []), lines)
+    return table([*head, *["collapsed", "groups without signal"] * sums], lines)
 
 
 def saved_tokens(row: dict) -> float:
@@ -216,14 +221,13 @@ def draw_calls(path: Path, rows: Rows) -> None:
     worlds = ("noisy", "plain")
     figure, axes = pyplot().subplots(1, len(worlds), figsize=(13, 5))
     for axis, world in zip(axes, worlds):
+        points = {}
         for variant in dict.fromkeys(name for name, _ in rows if VARIANTS[name].world == world):
             mine = seeds_of(variant, rows)
-            point = [fmean(fmean(values(row, metric)) for row in mine) for metric in ("calls", "correctness")]
-            axis.scatter(*point, s=18)
-            axis.annotate(variant.removesuffix("_plain"), point, fontsize=7, xytext=(3, 3), textcoords="offset points")
+            point = (fmean(fmean(values(row, metric)) for row in mine) for metric in ("calls", "correctness"))
+            points[variant.removesuffix("_plain")] = tuple(point)
+        calls_and_correctness(axis, points)
         axis.set_title(f"{world} world", fontsize=10)
-        axis.set_xlabel("tool calls per question")
-        axis.set_ylabel("correctness")
     save(figure, path)
 
 

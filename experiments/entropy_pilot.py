@@ -1,10 +1,11 @@
-"""The pilot of entropy reduction: whether ΔH tells needed calls from others, and right answers from wrong ones.
+"""Asks whether a model is surer after a needed tool call than after a useless one: the pilot of the entropy rewards.
 
     python -m experiments.entropy_pilot --trajectories T.jsonl --output DIR [--model_name_or_path M] [--segment S]
 
-On a file of trajectories with token entropies (or with the model that computes them, at T = 1) [2602.02050; PAPERS C1]:
-share of entropy-reducing calls, ΔH by label, tool, correctness and family, AUC of −ΔH for "needed", correlations, each
-with a 95 % bootstrap interval over questions; entropy_pilot.json, entropy_pilot.md and two figures.
+ΔH is the change of mean token entropy from the segment before a call to the one behind it [2602.02050; PAPERS C1]. On a
+file of trajectories with token entropies (or with the model that computes them, at T = 1) this gives the share of calls
+that reduce it, ΔH by label, tool, correctness and family, the AUC of −ΔH for "needed" and correlations, with 95 %
+bootstrap intervals over questions. Writes entropy_pilot.json, entropy_pilot.md and a figure.
 """
 
 import json
@@ -24,6 +25,7 @@ from core.segments import Segment, calls_by_turn, entropy_changes, reducing, seg
 from core.trajectory import DataError, Trajectory, load_trajectories
 from eval.behaviour import CORRECT, call_labels
 from eval.grader import grade
+from experiments.figures import pyplot, save
 
 LABELS = ("needed", "redundant", "repeated", "failed")
 RESAMPLES = 1000
@@ -43,10 +45,7 @@ class Call(NamedTuple):
 
 
 def calls_of(
-    trajectories: list[Trajectory],
-    correctness: list[float],
-    segment: Segment = "reasoning",
-    margin: float = 0.0,
+    trajectories: list[Trajectory], correctness: list[float], segment: Segment = "reasoning", margin: float = 0.0
 ) -> list[Call]:
     """Every call of the trajectories; several calls in one turn are one, labelled and named by the first."""
     calls = []
@@ -116,11 +115,7 @@ def summary(calls: list[Call]) -> dict[str, float | None]:
 
 
 def analyse(
-    trajectories: list[Trajectory],
-    correctness: list[float],
-    segment: Segment = "reasoning",
-    margin: float = 0.0,
-    seed: int = 0,
+    trajectories: list[Trajectory], correctness: list[float], segment: Segment = "reasoning", margin: float = 0.0
 ) -> tuple[dict, list[Call]]:
     """(the whole analysis as plain numbers, the calls). AUC: needed against redundant and repeated calls."""
     calls = calls_of(trajectories, correctness, segment, margin)
@@ -130,7 +125,7 @@ def analyse(
         result[field] = {name: summary([c for c in calls if getattr(c, field) == name]) for name in names}
     judged = [c for c in calls if c.label != "failed" and not isnan(c.change)]
     scores, needed = np.array([-c.change for c in judged]), np.array([c.label == "needed" for c in judged], dtype=bool)
-    result["auc_needed"] = with_interval(auc, scores, needed, [c.question_id for c in judged], seed)
+    result["auc_needed"] = with_interval(auc, scores, needed, [c.question_id for c in judged])
     rows = [(t, s, reducing(segment_entropies(t, segment), margin)) for t, s in zip(trajectories, correctness)]
     called = [(t, s, found) for t, s, found in rows if found]
     pairs = {
@@ -141,7 +136,7 @@ def analyse(
     result["correlations"] = {}
     for name, values in pairs.items():
         x, y = np.array([(a, b) for _, a, b in values], dtype=float).reshape(-1, 2).T
-        result["correlations"][name] = with_interval(correlation, x, y, [i for i, _, _ in values], seed)
+        result["correlations"][name] = with_interval(correlation, x, y, [i for i, _, _ in values])
     return result, calls
 
 
@@ -173,7 +168,7 @@ class Args:
 
 
 def main(args: Args) -> str:
-    """Write tables and figures of a trajectory file; returns the markdown. DataError where entropies are missing."""
+    """Write tables and figure of a trajectory file; returns the markdown. DataError where entropies are missing."""
     trajectories = load_trajectories(args.trajectories)
     if not trajectories:
         raise DataError(f"--trajectories {args.trajectories}: holds no trajectories")
@@ -184,50 +179,35 @@ def main(args: Args) -> str:
             f"{args.trajectories}: trajectory {missing.question_id}/{missing.sample_idx} has no field 'entropy'; "
             "name the model that sampled it by --model_name_or_path"
         )
-    correctness = [grade(t)[0] for t in trajectories]
-    return write_pilot(
-        Path(args.output), *analyse(trajectories, correctness, args.segment, args.delta_margin)
-    )
-
-
-def write_pilot(folder: Path, result: dict, calls: list[Call]) -> str:
-    """Write entropy_pilot.json, entropy_pilot.md and the figures; returns the markdown."""
+    scores = [grade(t)[0] for t in trajectories]
+    result, calls = analyse(trajectories, scores, args.segment, args.delta_margin)
+    folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "entropy_pilot.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    columns = ("n", "empty", "reducing", "change", "change_std", "before")
     groups = {"all": result["all"]}
     for field in ("label", "tool", "answer", "family"):
         groups |= {f"{field}: {name}": row for name, row in result[field].items()}
-    shown = [[name, *("–" if row[c] is None else row[c] for c in columns)] for name, row in groups.items()]
     intervals = {"AUC of −ΔH for needed calls": result["auc_needed"]}
     intervals |= {"correlation of " + name.replace("_", " "): v for name, v in result["correlations"].items()}
-    rows = [[name, *("–" if v is None else v for v in found.values())] for name, found in intervals.items()]
-    text = "\n".join(
-        [
-            "# Entropy reduction of tool calls",
-            "",
-            f"Segment {result['segment']}, margin {result['delta_margin']}; entropies in nats;",
-            "reducing = share of calls with I = 1; intervals: 95 %, bootstrap over questions.",
-            "",
-            table(["calls", *columns], shown),
-            "",
-            table(["", "value", "low", "high"], rows),
-            "",
-            "![ΔH by label](entropy_changes.png)",
-            "",
-            "![ROC of −ΔH for needed calls](entropy_roc.png)",
-            "",
-        ]
-    )
+    text = f"""# Entropy reduction of tool calls
+
+Segment {args.segment}, margin {args.delta_margin}; entropies in nats;
+reducing = share of calls with I = 1; intervals: 95 %, bootstrap over questions.
+
+{table(["calls", *result["all"]], [[name, *row.values()] for name, row in groups.items()])}
+
+{table(["", "value", "low", "high"], [[name, *found.values()] for name, found in intervals.items()])}
+
+![ΔH by label](entropy_changes.png)
+"""
     write_text(folder / "entropy_pilot.md", text)
-    _figures(folder, result, [c for c in calls if not isnan(c.change)])
+    draw(folder / "entropy_changes.png", [c for c in calls if not isnan(c.change)])
+    print(text)
     return text
 
 
-def _figures(folder: Path, result: dict, calls: list[Call]) -> None:
-    """Histograms of ΔH by label and by answer, and the ROC curve; nothing drawn where there are no calls."""
-    from experiments.figures import pyplot, save
-
+def draw(path: Path, calls: list[Call]) -> None:
+    """Histograms of ΔH by label and by answer; nothing is drawn where there are no calls."""
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 3.6))
     bins = np.histogram_bin_edges([c.change for c in calls] or [0.0], 40)
     for axis, field, names in zip(axes, ("label", "answer"), (LABELS, ("right", "wrong"))):
@@ -238,18 +218,7 @@ def _figures(folder: Path, result: dict, calls: list[Call]) -> None:
         axis.axvline(0, color="black", linewidth=0.5)
         axis.set_xlabel("ΔH of the call (nats)")
     axes[0].set_ylabel("density of calls")
-    save(figure, folder / "entropy_changes.png")
-    figure, axis = pyplot().subplots(figsize=(3.8, 3.6))
-    judged = [c for c in calls if c.label != "failed"]
-    levels = sorted({c.change for c in judged})
-    both = [np.sort([c.change for c in judged if (c.label == "needed") == needed]) for needed in (False, True)]
-    if all(map(len, both)):
-        others, needed = (np.searchsorted(values, levels, side="right") / len(values) for values in both)
-        axis.plot([0, *others], [0, *needed])
-    axis.plot([0, 1], [0, 1], color="black", linewidth=0.5)
-    axis.set_xlabel("share of other calls")
-    axis.set_ylabel("share of needed calls")
-    save(figure, folder / "entropy_roc.png")
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Insufficiency by hint injection [2601.06860, sec. 3; PAPERS A6]: how many more calls would have been enough.
+"""Asks how many more tool calls would have made wrong answers right, by hints [2601.06860, sec. 3; PAPERS A6].
 
     python -m experiments.insufficiency --model_name_or_path M --trajectories T.jsonl --index DIR --output_dir out/hints
 
@@ -71,7 +71,6 @@ def main(args: Args) -> dict:
             out.flush()
             done += chunk
             bar.update(len(chunk))
-            bar.set_postfix(fixed=f"{fmean(_correct(t) for t in done):.2f}")
         bar.close()
     sets: dict[str, list[Trajectory]] = {"all": done}
     for t in done:
@@ -101,13 +100,8 @@ def hinted(
         complete(model, tokenizer, list(drafts.values()), raised, toolbox)
         for i, draft in drafts.items():
             t = to_trajectory(draft, tokenizer)
-            extra = t.n_calls - wrong[i].n_calls
-            now[i] = replace(
-                t,
-                sample_idx=wrong[i].sample_idx,
-                rewards={"correct": grade(t)[0]},
-                meta=t.meta | {"hints": hint, "extra_calls": extra},
-            )
+            meta = t.meta | {"hints": hint, "extra_calls": t.n_calls - wrong[i].n_calls}
+            now[i] = replace(t, sample_idx=wrong[i].sample_idx, rewards={"correct": grade(t)[0]}, meta=meta)
     return now
 
 

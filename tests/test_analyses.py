@@ -140,7 +140,7 @@ def test_an_embedding_is_the_mean_over_the_models_own_tokens(tmp_path, tiny_mode
 def test_the_map_is_written(tmp_path, tiny_model, sampled):
     other = load_trajectories(sampled)[:2]
     save_trajectories(tmp_path / "u.jsonl", other)
-    flags = dict(model_name_or_path=str(tiny_model), output=str(tmp_path / "map"), threads=1)
+    flags = dict(model_name_or_path=str(tiny_model), output=str(tmp_path / "map"))
     result = action_space.main(action_space.Args(**flags, trajectories=[f"a={sampled}", f"b={tmp_path / 'u.jsonl'}"]))
     assert json.loads((tmp_path / "map/action_space.json").read_text()) == result
     assert [len(rows) for rows in result["stages"].values()] == [6, 2] and (tmp_path / "map/action_space.png").exists()

@@ -1,10 +1,9 @@
-"""Claims: declarations, cells that share stages, rows and verdicts from hand-made rows, a real run killed and resumed.
+"""Cells and claims: declarations, cells that share stages, rows and verdicts by hand, a real run killed and resumed.
 
     python -m pytest tests/test_claims.py
 """
 
 import fcntl
-import importlib
 import json
 import os
 import signal
@@ -18,12 +17,16 @@ import pytest
 from core.args import parse_args
 from core.trajectory import DataError, ToolCall, Trajectory, read_jsonl
 from eval.intervals import Interval
-from experiments import claims
-from experiments.claim_cells import Job, column, compact, curves, locked, measure, plan_cell, row_file, run_cell
-from experiments.claim_list import CLAIMS, VARIANTS, WORLDS, Claim
+from experiments import cells, claims, workers
+from experiments.cells import (
+    EVAL_SEED, Job, column, compact, curves, hard_ids, locked, measure, module_of, plan_cell, reached, row_file,
+    run_cell,
+)  # fmt: skip
+from experiments.claim_list import CLAIMS, Claim
 from experiments.claim_report import calls_table, decide, difference, seeds_for_margin, variants_table, write_report
-from experiments.claims import cells_of, collect_rows, next_cell, run_missing
-from experiments.shared import EVAL_SEED, hard_ids
+from experiments.claims import cells_of, collect_rows
+from experiments.variants import REPRODUCTION, VARIANTS, WORLDS
+from experiments.workers import next_cell, run_missing
 
 COLUMNS = {"correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking"}
 CLAIM = Claim("here", "x", "calls", -1, 0.5, 0.01, (("rl_et", "rl_correct"),))
@@ -44,7 +47,7 @@ def test_every_variant_is_one_that_its_scripts_accept(flags):
     args = claims.Args(full=True, **flags)
     for name in VARIANTS:
         for job in plan_cell(name, 1, args).jobs:
-            importlib.import_module(job.script).Args(**job.flags)
+            module_of(job.script).Args(**job.flags)
             assert not [v for v in job.flags.values() if isinstance(v, str) and "{" in v], (name, job)
 
 
@@ -55,9 +58,10 @@ def test_claims_compare_variants_of_one_world_by_columns_that_rows_have():
             families = {WORLDS[first].families, WORLDS[second].families}
             column, _, subset = claim.metric.partition("|")
             assert len(families) == 1 and column in COLUMNS and claim.sign in (1, -1), name
-            assert not subset or (subset in ("hard", "easy") and WORLDS[first].easy_share is not None), name
+            assert not subset or (subset in ("hard", "easy") and WORLDS[first].sums), name
             assert claim.margin is None or claim.metric != "correctness", name
     used = {v for claim in CLAIMS.values() for pair in claim.pairs for v in pair}
+    used |= {v for variants in REPRODUCTION.values() for v in variants}
     assert used == set(VARIANTS), set(VARIANTS) ^ used
 
 
@@ -78,6 +82,52 @@ def test_cells_share_the_stages_they_have_in_common(flags, tmp_path):
     assert plan_cell("rft_rl_et", 0, smaller).jobs[2].flags["max_steps"] == 2
     (Path(flags["base"]) / "model.safetensors").write_bytes(b"other weights")
     assert plan_cell("rft", 0, args).digest != short.digest
+
+
+def test_a_digest_outlives_a_move_of_its_script(flags, monkeypatch):
+    """Finished rows are found by digests in which a script has its short name, wherever its module is."""
+    args = claims.Args(full=True, **flags)
+    before = plan_cell("rft_curriculum_pareto", 0, args).digest
+    monkeypatch.setitem(sys.modules, "elsewhere", module_of("curriculum"))
+    monkeypatch.setitem(cells.SCRIPTS, "curriculum", "elsewhere")
+    assert plan_cell("rft_curriculum_pareto", 0, args).digest == before
+
+
+def test_cells_of_the_reproduction(flags):
+    """Sizes of quick are other sizes; each seed has its own held-out questions; the rounds share one curriculum."""
+    args = claims.Args(full=True, **flags)
+    whole, quick, other = (plan_cell(*c, args) for c in (("reproduce_rft", 0), ("quick_rft", 0), ("quick_rft", 1)))
+    assert [j.flags.get("max_steps") for j in whole.jobs] == [None, 60, None, 60, None]
+    assert [j.flags.get("max_steps") for j in quick.jobs] == [None, 6, None, 6, None]
+    assert quick.files["held_out"] != other.files["held_out"] and "-120-" in quick.files["held_out"]
+    first, second = (plan_cell(f"quick_rl_round_{r}", 1, args) for r in (1, 2))
+    assert first.jobs[:-1] == second.jobs[:-1] and first.jobs[:4] == other.jobs[:4]
+    assert second.jobs[-1].flags["model_name_or_path"] == first.jobs[-2].output + "/round-2/rl"
+    assert second.jobs[-1].flags["seed"] == EVAL_SEED + 1 and second.jobs[-2].flags["seed"] == 1
+    *_, alone, evaluation = plan_cell("quick_sums_no_warmup", 0, args).jobs
+    assert alone.flags["model_name_or_path"] == args.base and evaluation.flags["model_name_or_path"] == alone.output
+
+
+def test_a_round_that_a_curriculum_did_not_reach_is_its_last(tmp_path):
+    (tmp_path / "round-1" / "rl").mkdir(parents=True)
+    for r in (1, 2):
+        assert reached(str(tmp_path / f"round-{r}/rl")) == str(tmp_path / f"round-{r}/rl")  # before it has finished
+    (tmp_path / "result.json").write_text("{}")
+    assert reached(str(tmp_path / "round-1/rl")) == str(tmp_path / "round-1/rl")
+    assert reached(str(tmp_path / "round-2/rl")) == str(tmp_path)
+
+
+@pytest.mark.parametrize("name, seed", [("quick_sums_base", 3), ("at_base", 0)])
+def test_hard_sums_are_told_by_other_samples_than_those_that_are_measured(flags, name, seed, monkeypatch):
+    args, asked = claims.Args(full=True, **flags, eval_questions=8), []
+    monkeypatch.setattr(cells.rollout, "main", lambda args: asked.append(args))
+    cell = plan_cell(name, 3, args)
+    cells.prepare_world(cell, args)
+    (probe,) = asked
+    assert (probe.mode, probe.num_generations, probe.seed) == ("no_think", 8, seed) and EVAL_SEED + 3 != seed
+    assert probe.data == cell.jobs[-1].flags["data"]
+    held_out = [row["id"] for _, row in read_jsonl(probe.data)]  # the claims ask all seeds the same
+    assert held_out == [f"running_sum-{EVAL_SEED + seed}-{i}" for i in range(8)]
 
 
 def test_probe_runs_are_looked_at_and_thrown_away(flags):
@@ -174,7 +224,7 @@ def test_points_of_a_curve_are_means_of_ten_steps(tmp_path):
     log = [{"step": n, "reward": n} | ({"think_rate/long": 0.5} if n < 3 else {}) for n in range(1, 13)]
     (tmp_path / "rl").mkdir()
     (tmp_path / "rl" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    jobs = [Job(tmp_path / "x", "train_sft", {}, ""), Job(tmp_path / "rl", "train_rl", {}, "")]
+    jobs = [Job(tmp_path / "x", "train_sft", {}, "", 0), Job(tmp_path / "rl", "train_rl", {}, "", 0)]
     assert curves(jobs) == {"step": [10, 12], "reward": [5.5, 11.5], "think_rate/long": [0.5, None]}
     assert curves(jobs[:1]) == {}
 
@@ -206,7 +256,7 @@ def test_report_and_rows_file(flags):
     assert list(rows) == [("rft", 0), ("rft_entropy_critic", 0), ("rft", 1)]
     stored = [r for _, r in read_jsonl(Path(flags["results"]) / "rows.jsonl")]
     assert {(r["variant"], r["seed"]) for r in stored} == set(rows)
-    write_report(Path(flags["results"]), {"et_critic": CLAIMS["et_critic"]}, rows, 2, 4)
+    write_report(Path(flags["results"]), {"et_critic": CLAIMS["et_critic"]}, rows, 2)
     report = (Path(flags["results"]) / "report.md").read_text()
     assert "variant/seeds: rft_entropy_critic/1." in report and "unfinished (1 of 2 seeds)" in report and "3 of 4 cells" in report
     assert "rft_entropy_critic/1" in claims.listing({"et_critic": CLAIMS["et_critic"]}, cells, rows)
@@ -255,8 +305,8 @@ def test_a_lock_keeps_others_out_and_ends(tmp_path):
 
 
 def test_time_limit_and_failures(flags, monkeypatch):
-    args = claims.Args(full=True, **flags, workers=2, max_minutes=0.05)
-    cells = [plan_cell("rl_et", s, args) for s in range(3)]
+    args = claims.Args(full=True, **flags, workers=2)
+    todo = [plan_cell("rl_et", s, args) for s in range(3)]
     stopped = (
         "import signal, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell may have it ignored
@@ -266,13 +316,13 @@ def test_time_limit_and_failures(flags, monkeypatch):
     marks = [Path(flags["base"]) / f"mark{k}" for k in range(2)]
     made = iter(marks)
     monkeypatch.setattr(
-        claims, "start", lambda cell, args: subprocess.Popen([sys.executable, "-c", stopped.format(str(next(made)))])
+        workers, "start", lambda cell, args: subprocess.Popen([sys.executable, "-c", stopped.format(str(next(made)))])
     )
-    assert run_missing(cells, args) == []
+    assert run_missing(todo, args, max_minutes=0.05) == []
     assert all(mark.exists() for mark in marks)  # both were running, and stopped as by Ctrl-C
     codes = iter((0, 3, 0))
-    monkeypatch.setattr(claims, "start", lambda cell, args: subprocess.Popen(["sh", "-c", f"exit {next(codes)}"]))
-    problems = run_missing(cells, claims.Args(full=True, **flags))
+    monkeypatch.setattr(workers, "start", lambda cell, args: subprocess.Popen(["sh", "-c", f"exit {next(codes)}"]))
+    problems = run_missing(todo, claims.Args(full=True, **flags))
     assert len(problems) == 1 and "rl_et/1 (exit code 3" in problems[0]
 
 
@@ -298,10 +348,10 @@ def test_two_cells_killed_in_training_end_with_the_same_rows(tmp_path):
 
     def rows_in(folder, killed):
         args = claims.Args(**flags, output_dir=str(folder / "out"), results=str(folder / "results"))
-        cells = cells_of({name: CLAIMS[name] for name in flags["only"]}, args)
+        todo = cells_of({name: CLAIMS[name] for name in flags["only"]}, args).values()
         if killed:
-            kill_in_training(args, [cell.jobs[0].folder for cell in cells.values()])
-        for cell in cells.values():
+            kill_in_training(args, [cell.jobs[0].folder for cell in todo])
+        for cell in todo:
             run_cell(cell, args)
         assert claims.main(args) != {}  # nothing left to run: rows and report
         return [r | {"seconds": 0, "commit": ""} for _, r in read_jsonl(folder / "results" / "rows.jsonl")]
@@ -313,9 +363,9 @@ def test_two_cells_killed_in_training_end_with_the_same_rows(tmp_path):
 
 def kill_in_training(args, folders):
     """Start the real command with two workers and SIGKILL all of it once a run has logged its first step."""
-    words = [w for n in claims.PASSED_ON for w in (f"--{n}", str(getattr(args, n)))]
+    words = [w for n in workers.PASSED_ON for w in (f"--{n}", str(getattr(args, n)))]
     words += ["--only", *args.only, "--results", args.results, "--seeds", "1", "--workers", "2"]
-    process = subprocess.Popen([sys.executable, "experiments/claims.py", *words], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "experiments.claims", *words], start_new_session=True)
     limit = time.monotonic() + 300
     while not any((f / "metrics.jsonl").exists() for f in folders) and time.monotonic() < limit:
         assert process.poll() is None

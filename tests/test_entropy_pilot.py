@@ -12,9 +12,10 @@ import pytest
 import torch
 from test_entropy import lay_out, search
 
+from core.args import parse_args
 from core.model import ModelArgs, load_policy
-from core.trajectory import save_trajectories
-from eval import behaviour
+from core.trajectory import DataError, save_trajectories
+from experiments import entropy_pilot
 from experiments.entropy_pilot import Call, analyse, auc, calls_of, correlation, fill_entropies, summary, with_interval
 
 
@@ -124,23 +125,28 @@ def test_analysis_by_hand():
 
 def test_command_writes_numbers_tables_and_figures(tmp_path, capsys):
     save_trajectories(tmp_path / "t.jsonl", SAMPLES)
-    behaviour.main(["--entropy", str(tmp_path / "t.jsonl"), "--output", str(tmp_path / "out"), "--delta_margin", "0.7"])
+    flags = dict(trajectories=str(tmp_path / "t.jsonl"), output=str(tmp_path / "out"))
+    text = entropy_pilot.main(entropy_pilot.Args(**flags, delta_margin=0.7))
     result = json.loads((tmp_path / "out/entropy_pilot.json").read_text())
     assert result["delta_margin"] == 0.7 and result["all"]["reducing"] == 0.2
-    text = (tmp_path / "out/entropy_pilot.md").read_text()
-    assert text in capsys.readouterr().out and "| label: needed" in text
-    assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in ("entropy_changes.png", "entropy_roc.png"))
+    assert (tmp_path / "out/entropy_pilot.md").read_text() == text and text in capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["calls", "n", "empty", "reducing", "change", "change_std", "before"] in lines
+    assert ["label: needed", "2", "0", "0.500", "-0.750", "0.354", "2.000"] in lines
+    assert (tmp_path / "out/entropy_changes.png").stat().st_size > 5000
 
 
 def test_command_without_calls_and_without_entropies(tmp_path, capsys):
+    flags = dict(trajectories=str(tmp_path / "t.jsonl"), output=str(tmp_path / "out"))
     save_trajectories(tmp_path / "t.jsonl", [SAMPLES[3]])
-    behaviour.main(["--entropy", str(tmp_path / "t.jsonl"), "--output", str(tmp_path / "out")])
+    entropy_pilot.main(entropy_pilot.Args(**flags))
     assert json.loads((tmp_path / "out/entropy_pilot.json").read_text())["auc_needed"]["value"] is None
     save_trajectories(tmp_path / "t.jsonl", [replace(SAMPLES[3], entropy=None)])
-    for flags, message in ((["--output", str(tmp_path / "o")], "q3/0 has no field 'entropy'"), ([], "needs --output")):
-        with pytest.raises(SystemExit) as exit_:
-            behaviour.main(["--entropy", str(tmp_path / "t.jsonl"), *flags])
-        assert exit_.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(DataError, match="q3/0 has no field 'entropy'"):
+        entropy_pilot.main(entropy_pilot.Args(**flags))
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(entropy_pilot.Args, ["--trajectories", "t.jsonl"])
+    assert exit_.value.code == 2 and "--output are required" in capsys.readouterr().err
 
 
 def test_a_model_fills_in_missing_entropies(tiny_model):

@@ -4,14 +4,15 @@
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from core.trajectory import Span, ToolCall, Trajectory, save_trajectories, write_jsonl
 from eval import evaluate as e
-from experiments import chains, reproduce
-from experiments.report import write_report
-from experiments.shared import EVAL_SEED
+from experiments import report, reproduce
+from experiments.cells import Cell, Job
+from experiments.variants import REPRODUCTION, VARIANTS
 
 
 def trajectory(i, answer, calls, need, tokens, finish="eos", family="lookup"):
@@ -66,32 +67,32 @@ def test_families_and_files(tmp_path, capsys):
     assert "| recall" in capsys.readouterr().out
 
 
-@pytest.fixture
-def job(tmp_path):
-    return chains.Job(tmp_path, "base", "index", 3, None)
+def test_share_of_questions_that_training_has_seen(tmp_path):
+    cell = Cell("v", 0, [], {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "held_out")}, "")
+    for part, asked in (("train", "abc"), ("held_out", "bxyz")):
+        write_jsonl(cell.files[part], [{"id": q, "question": q, "answer": "1"} for q in asked])
+    assert reproduce.seen_share(cell) == 0.25
 
 
-def test_share_of_questions_that_training_has_seen(job):
-    for part, asked in (("train", "abc"), ("eval", "bxyz")):
-        rows = [{"id": q, "question": q, "answer": "1"} for q in asked]
-        write_jsonl(job.folder / f"{part}.questions.jsonl", rows)
-    assert reproduce.seen_share(job) == 0.25
-
-
-def test_hard_sums_are_told_by_other_samples_than_those_that_are_measured(job, monkeypatch):
-    class Sampled(Exception):
-        pass
-
-    def sample(self, name, model, data, **flags):
-        raise Sampled(name, flags)
-
-    for part in ("sums", "sums-eval"):
-        (job.folder / f"{part}.questions.jsonl").touch()
-    monkeypatch.setattr(chains.Job, "sample", sample)
-    with pytest.raises(Sampled) as first:
-        chains.autotool(job)
-    name, flags = first.value.args
-    assert name == "sums-probe" and flags["mode"] == "no_think" and flags["seed"] != EVAL_SEED + job.seed
+def test_sums_are_split_by_what_the_base_gets_wrong_without_thinking(tmp_path):
+    """q0 is hard (0 of 2 probes right), q1 easy; thinking is right on q0 alone, not thinking on q1 alone."""
+    ask = lambda i, answer, tokens: trajectory(i, answer, [], 0, tokens)  # noqa: E731
+    probes = [replace(ask(i, ("red", "blue")[i], 3), sample_idx=k) for i in (0, 1) for k in (0, 1)]
+    save_trajectories(tmp_path / "probe.jsonl", probes)
+    save_trajectories(tmp_path / "think.jsonl", [ask(0, "blue", 20), ask(1, "red", 20)])
+    save_trajectories(tmp_path / "no_think.jsonl", [ask(0, "red", 4), ask(1, "blue", 4)])
+    cells, probe = {}, {"held_out_probe": str(tmp_path / "probe.jsonl")}
+    made = {"sums_base": "no_think", "sums_think": "think", "sums_no_think": "no_think", "base": "think"}
+    for stage, file in made.items():
+        job = Job(tmp_path, "rollout", {}, str(tmp_path / f"{file}.jsonl"), 0)
+        cells[stage, 0] = Cell(f"quick_{stage}", 0, [job], probe, "")
+    found = reproduce.seed_metrics(cells, {("base", 0): {"metrics": {"n": 9}, "families": {}, "more": 1}}, 0)
+    assert found["stages"] == {"base": {"all": {"n": 9}, "families": {}}}
+    right = {s: {part: m["correctness"] for part, m in row.items()} for s, row in found["sums"].items()}
+    assert right["think"] == {"all": 0.5, "easy": 0, "hard": 1}
+    assert right["no_think"] == {"all": 0.5, "easy": 1, "hard": 0}
+    assert right["oracle"] == {"all": 1, "easy": 1, "hard": 1} and found["sums"]["oracle"]["all"]["tokens"] == 12
+    assert list(found["sums"]) == ["base", "think", "no_think", "oracle"]
 
 
 def test_combine_takes_means_and_sample_deviations():
@@ -103,19 +104,51 @@ def test_combine_takes_means_and_sample_deviations():
     assert "spread" not in reproduce.combine([{"stages": {"base": one}, "sums": {}}])
 
 
-def test_report_holds_tables_and_figures(tmp_path):
-    whole = e.evaluate(FOUR)
-    metrics = reproduce.combine([{"stages": {"et_agent": whole, "base": whole}, "sums": {"think": {"all": whole["all"]}}}])
-    run = tmp_path / "run"
-    run.mkdir()
-    log = [{"step": s, "reward": 0.1 * s, "rewards/correct/mean": 0.5, "tools/call_frequency": 1.0} for s in (1, 2)]
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run").mkdir()
+    log = [{"step": s, "reward": 5 + s, "rewards/correct/mean": 0.5, "tools/call_frequency": 1.0} for s in (1, 2, 3)]
     log = [row | {"completions/mean_length": 9.0, "entropy": 0.2, "frac_reward_zero_std": 0.0} for row in log]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    text = write_report(tmp_path, metrics, {"et_agent": [run]}, ["one seed"]).read_text()
-    assert list(metrics["stages"]) == ["base", "et_agent"] and "correctness all" in text
-    assert "- one seed" in text and "## base, per family" in text and "| recall" in text
-    for figure in ("calls.png", "curves.png"):
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    return tmp_path / "run"
+
+
+def test_report_holds_tables_and_figures(tmp_path, run):
+    whole, less = e.evaluate(FOUR), e.evaluate(FOUR[:3])
+    parts = [{"stages": {"base": less, "et_agent": whole}, "sums": {"think": {"all": whole["all"]}}}]
+    labels = {"base": "base model", "et_agent": "ET-Agent's reward", "sums_think": "always thinking"}
+    given = tmp_path, reproduce.combine(parts), {"et_agent": [run]}, labels, ["One seed."]
+    text = report.write_report(*given, quick=False).read_text()
+    assert text.startswith("# Reproduction report\n\n- One seed.\n") and "have the same numbers" not in text
+    assert "| always thinking" in text and "correctness all" in text
+    assert "## Per family: base model" in text and "| recall" in text and "et_agent" not in text
+    for figure in ("calls.png", "curves.png", "trade.png"):
         assert f"({figure})" in text and (tmp_path / figure).read_bytes()[:4] == b"\x89PNG"
+    quick = report.write_report(*given, quick=True).read_text()
+    assert "not what the methods achieve" in quick.splitlines()[0]
+
+
+def test_rows_of_equal_numbers_are_remarked_on():
+    rows = {"a": {"n": 1, "calls": 2.0}, "b": {"n": 1, "calls": 3.0}, "c": {"n": 1, "calls": 2.0}}
+    (line, _) = report.equal_rows(rows)
+    assert line.startswith('"a" and "c" have the same numbers')
+    assert report.equal_rows({"a": rows["a"], "b": rows["b"]}) == []
+
+
+def test_rewards_of_different_formulas_share_no_scale(tmp_path, run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure, path: drawn.append(figure))
+    report.curves(tmp_path / "c.png", {"sparse": [run]})
+    reward, correct = drawn[0].axes[:2]
+    assert list(reward.lines[0].get_ydata()) == [0, 0.5, 1] and reward.lines[0].get_label() == "sparse: 6.00 to 8.00"
+    assert list(correct.lines[0].get_ydata()) == [0.5, 0.5, 0.5]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["sparse: 6.00 to 8.00"]
+
+
+def test_every_stage_of_the_reproduction_has_a_name_for_readers():
+    for kind, variants in REPRODUCTION.items():
+        labels = [VARIANTS[v].label for v in variants if "_sums_" not in v]
+        assert len(set(labels)) == len(labels) and not any("_" in VARIANTS[v].label for v in variants), kind
 
 
 def test_subsets_by_terms_and_accuracy_per_compute():

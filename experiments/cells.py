@@ -1,9 +1,10 @@
-"""One cell of the claims: a variant's chain of stages for one seed, its evaluation on the held-out questions, its row.
+"""Runs a cell, which is one variant with one seed: its chain of scripts, its evaluation, the row that is kept of it.
 
-A stage is one of our scripts with flags (experiments/claim_list.py). Its folder is named after everything that its result depends
-on (script, flags, the stages before it, the weights of the base), so cells that begin alike share what they have in
-common, and a changed declaration never meets an old result. A folder is worked on by one process at a time (a lock
-that ends with its process), every script resumes, and every file is written whole: a cell may be killed at any moment.
+Reproduction and claims both consist of cells; experiments/variants.py declares the variants. A stage is one of our
+scripts with flags. Its folder is named after all that its result depends on (script, flags, the stages before it, the
+weights of the base), so cells that begin alike share what they have in common, and a changed declaration never meets
+an old result. One process at a time works on a folder (a lock that ends with its process), every script resumes, and
+every file is written whole: a cell may be killed at any moment, and the same command goes on.
 """
 
 import fcntl
@@ -14,32 +15,76 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 import rollout
+from core.args import arg, check_numbers, require_positive
 from core.run import commit, write_text
-from core.trajectory import DataError, Trajectory, load_trajectories, write_jsonl
-from data.world.facts import EASY_TERMS, World, questions
+from core.trajectory import DataError, Trajectory, groups_of, load_trajectories, write_jsonl
+from data.world import facts
 from data.world.noise import MIX
 from eval.behaviour import insufficient, redundant_calls
 from eval.evaluate import evaluate
 from eval.grader import grade
-from experiments.claim_list import VARIANTS, WORLDS, Variant
 from experiments.entropy_pilot import analyse, fill_entropies
-from experiments.shared import EVAL_SEED, PROBES, RL_SAMPLING, SAMPLING, hard_ids
+from experiments.variants import VARIANTS, WORLDS, Stage
 from tools.search import SearchIndex
 
+EVAL_SEED = 10_000  # of held-out questions, their noise and their samples; training uses small seeds
+PROBES = 8  # no-think samples of the base per held-out sum
+HARD = 0.5  # a sum is hard if a smaller share of them is right
+SHARED = {  # flags of every script that has them; times are generous: a busy machine must not change a number
+    "search_top_k": 1,
+    "max_completion_length": 256,
+    "python_timeout": 60.0,
+    "max_tool_seconds": 600.0,
+    "threads": 1,  # results are identical only for equal counts
+    "engine": "fast",
+    "rollout_dtype": "float32",  # RL samples from merged weights, a quarter faster
+}
+SCRIPTS = {  # name of a script in a stage -> its module; the name is part of a digest, so it outlives a move
+    "rollout": "rollout",
+    "train_sft": "train_sft",
+    "train_rl": "train_rl",
+    "flywheel": "flywheel",
+    "curriculum": "methods.curriculum",
+    "refine": "methods.refine",
+    "warmup": "methods.warmup",
+    "entropy_pilot": "experiments.entropy_pilot",
+    "action_space": "experiments.action_space",
+    "insufficiency": "experiments.insufficiency",
+}
 TRAINING = ("train_rl", "train_sft", "curriculum")  # scripts whose folder is the model of the stages after them
+FILES = ("rollout", "refine")  # scripts whose --output is a file, not a folder
 CURVES = ("reward", "rewards/correct/mean", "rewards/reducing/mean", "tools/call_frequency", "completions/mean_length",
           "entropy", "entropy/decision", "think_rate", "think_rate/long", "frac_reward_zero_std", "beta_long",
           "rollout/tokens_saved")  # fmt: skip
-FILES = ("rollout", "selection", "refine")  # scripts whose --output is a file, not a folder
 EVERY = 10  # steps that a point of a row's curves is the mean of
+
+
+@dataclass
+class CellArgs:
+    """Flags of every command that runs cells."""
+
+    output_dir: str = arg("", "folder of the stages: models, trajectories, logs (required)")
+    preset: Literal["tiny", "small"] = arg("tiny", "size of the world that the base was trained on")
+    base: str = arg("", "base model folder; default: data/PRESET")
+    workers: int = arg(2, "cells run at once, each in a process of one thread")
+    train_questions: int = arg(0, "questions to train on; 0 = as declared in experiments/variants.py")
+    eval_questions: int = arg(0, "held-out questions; 0 = as declared")
+    max_steps: int = arg(0, "most steps of every training stage (for a smoke run); 0 = as declared")
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError("--output_dir is required")
+        self.base = self.base or f"data/{self.preset}"
+        check_numbers(self)
+        require_positive(self, "workers")
 
 
 class Job(NamedTuple):
@@ -49,6 +94,7 @@ class Job(NamedTuple):
     script: str
     flags: dict[str, Any]
     output: str
+    minutes: float  # expected
 
     @property
     def done(self) -> Path:
@@ -66,36 +112,41 @@ class Cell(NamedTuple):
     digest: str
 
 
-def plan_cell(name: str, seed: int, args: Any) -> Cell:
-    """Fill in a variant's stages; nothing is created. args: the flags of experiments/claims.py."""
-    variant: Variant = VARIANTS[name]
+def plan_cell(name: str, seed: int, args: CellArgs) -> Cell:
+    """Fill in a variant's stages; nothing is created."""
+    variant = VARIANTS[name]
     files = world_files(variant.world, seed, args)
     model, jobs, names = args.base, [], {**files, "base": args.base, "seed": seed}
     for stage in variant.stages:
-        jobs.append(_job(stage.name, stage.script, stage.flags, model, names, args))
+        jobs.append(plan_job(stage, model, names, args))
         names[stage.name] = jobs[-1].output
         model = jobs[-1].output if stage.script in TRAINING else model
     flags = {"data": files["held_out"], "num_generations": 1, "seed": EVAL_SEED + seed, "noise_seed": EVAL_SEED}
-    jobs.append(_job("evaluate", "rollout", flags | variant.evaluate, model, names, args))
+    jobs.append(plan_job(Stage("evaluate", "rollout", flags | variant.evaluate, 0.5), model, names, args))
     return Cell(name, seed, jobs, files, jobs[-1].folder.name.rpartition("-")[2])
 
 
-def _job(name: str, script: str, declared: dict, model: str, names: dict, args: Any) -> Job:
+def plan_job(stage: Stage, model: str, names: dict, args: CellArgs) -> Job:
     """The job of a stage: declared flags over those that all stages share, as far as the script has them."""
-    cls = importlib.import_module(script).Args
-    known, noise = {f.name for f in fields(cls)}, float(names["noise"])
-    shared = {"model_name_or_path": model, "data": names["train"], "index": names["index"], **SAMPLING, **RL_SAMPLING,
-              "noise": noise, "noise_seed": names["seed"], "seed": names["seed"], "threads": 1, "engine": "fast"}  # fmt: skip
+    known, noise = {f.name for f in fields(module_of(stage.script).Args)}, float(names["noise"])
+    shared = {**SHARED, "model_name_or_path": model, "data": names["train"], "index": names["index"], "noise": noise,
+              "noise_seed": names["seed"], "seed": names["seed"]}  # fmt: skip
     flags = {k: v for k, v in shared.items() if k in known}
-    flags |= {k: _filled(v, names) for k, v in declared.items()}
+    flags |= {k: _filled(v, names) for k, v in stage.flags.items()}
     if args.max_steps and "max_steps" in flags:
         flags["max_steps"] = min(args.max_steps, flags["max_steps"])
     root = Path(args.output_dir)
-    text = json.dumps([script, flags], sort_keys=True).replace(str(root) + "/", "")
+    text = json.dumps([stage.script, flags], sort_keys=True).replace(str(root) + "/", "")
     digest = _digest(text.replace(json.dumps(args.base), json.dumps(base_digest(args.base))).encode())
-    folder = root / f"seed-{names['seed']}" / f"{name}-{digest}"
-    output = str(folder / "out.jsonl" if script in FILES else folder)
-    return Job(folder, script, flags | {"output_dir" if "output_dir" in known else "output": output}, output)
+    folder = root / f"seed-{names['seed']}" / f"{stage.name}-{digest}"
+    output = str(folder / "out.jsonl" if stage.script in FILES else folder)
+    flags["output_dir" if "output_dir" in known else "output"] = output
+    return Job(folder, stage.script, flags, output, stage.minutes)
+
+
+def module_of(script: str) -> Any:
+    """The module of a stage's script."""
+    return importlib.import_module(SCRIPTS[script])
 
 
 def _filled(value: Any, names: dict) -> Any:
@@ -112,7 +163,8 @@ def base_digest(base: str) -> str:
     """Stands for the weights of the base in every folder's name; DataError if there are none."""
     weights = Path(base) / "model.safetensors"
     if not weights.is_file():
-        raise DataError(f"--base {base}: no model.safetensors there")
+        make = f"python -m data.world --pretrain --preset PRESET --output {base}"
+        raise DataError(f"--base {base}: no model.safetensors there; a base of the world is made by: {make}")
     return _file_digest(weights, weights.stat().st_mtime_ns)
 
 
@@ -124,22 +176,22 @@ def _file_digest(path: Path, changed_ns: int) -> str:  # changed_ns: a file writ
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def run_cell(cell: Cell, args: Any) -> dict:
+def run_cell(cell: Cell, args: CellArgs) -> dict:
     """Run what is missing of a cell and return its row, which is also written to its file under --output_dir."""
     path = row_file(cell, args)
     if path.exists():
         return json.loads(path.read_text())
     prepare_world(cell, args)
     seconds = sum(run_job(job) for job in cell.jobs)
-    world = WORLDS[VARIANTS[cell.variant].world]
-    hard = hard_ids(load_trajectories(cell.files["held_out_probe"])) if world.easy_share is not None else None
+    sums = WORLDS[VARIANTS[cell.variant].world].sums
+    hard = hard_ids(load_trajectories(cell.files["held_out_probe"])) if sums else None
     row = {"variant": cell.variant, "seed": cell.seed, "digest": cell.digest, "commit": commit(), "threads": 1}
     row |= {"base": base_digest(args.base), "seconds": round(seconds, 1)}
     trajectories = load_trajectories(cell.jobs[-1].output)
     row |= measure(trajectories, hard) | {"curves": curves(cell.jobs)}
     if any(t.tool_calls for t in trajectories):  # ΔH of the calls under the model that made them [PAPERS C1]
         torch.set_num_threads(1)  # as in the stages, which may all have been finished before
-        fill_entropies(trajectories, cell.jobs[-1].flags["model_name_or_path"])
+        fill_entropies(trajectories, reached(cell.jobs[-1].flags["model_name_or_path"]))
         own = next((job.flags for job in cell.jobs[::-1] if "delta_margin" in job.flags), {})
         how = {("reasoning", 0.0), (own.get("segment", "reasoning"), own.get("delta_margin", 0.0))}
         scores = [grade(t)[0] for t in trajectories]
@@ -149,7 +201,7 @@ def run_cell(cell: Cell, args: Any) -> dict:
     return row
 
 
-def row_file(cell: Cell, args: Any) -> Path:
+def row_file(cell: Cell, args: CellArgs) -> Path:
     """Where a cell leaves its row."""
     return Path(args.output_dir) / "rows" / f"{cell.variant}-{cell.seed}-{cell.digest}.json"
 
@@ -159,14 +211,21 @@ def run_job(job: Job) -> float:
     with locked(job.folder):
         if not job.done.exists():
             print(f"== {job.folder.name}: {job.script}", flush=True)
-            module, started = importlib.import_module(job.script), time.monotonic()
-            flags = job.flags
-            if job.script in ("selection", "refine"):  # they write at once, and not over an older file
-                flags = flags | {"overwrite": True}
+            script, started, flags = module_of(job.script), time.monotonic(), dict(job.flags)
+            if "model_name_or_path" in flags:
+                flags["model_name_or_path"] = reached(flags["model_name_or_path"])
+            if job.script == "refine":  # it writes at once, and not over an older file
+                flags["overwrite"] = True
                 job.folder.mkdir(exist_ok=True)
-            module.main(module.Args(**flags))
+            script.main(script.Args(**flags))
             write_text(job.done, json.dumps({"seconds": round(time.monotonic() - started, 1)}) + "\n")
         return json.loads(job.done.read_text())["seconds"]
+
+
+def reached(model: str) -> str:
+    """A model's folder; where a curriculum ended before the round that is asked for, the curriculum's own."""
+    whole = Path(model).parent.parent
+    return str(whole) if not Path(model).exists() and (whole / "result.json").exists() else model
 
 
 @contextmanager
@@ -181,42 +240,43 @@ def locked(path: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- worlds
 
 
-def world_files(name: str, seed: int, args: Any) -> dict[str, str]:
-    """Paths of a world's files by placeholder: index, train, held_out, the base's probe of that; and its noise.
-
-    The held-out questions are the same for all seeds.
-    """
+def world_files(name: str, seed: int, args: CellArgs) -> dict[str, str]:
+    """Paths of a world's files by placeholder: index, train, held_out, the base's probe of that; and its noise."""
     world, root = WORLDS[name], Path(args.output_dir) / "worlds" / f"{args.preset}-{base_digest(args.base)}"
-    held_out, share = f"held_out-{world.families}-{args.eval_questions}", world.easy_share
-    train = f"train-{world.families}-{args.train_questions}" + (f"-easy-{share}" if share is not None else "")
-    names = {"held_out": held_out, "held_out_probe": f"{held_out}-probe", "train": f"{train}-seed-{seed}"}
+    held_out = f"held_out-{world.families}-{args.eval_questions or world.held_out}" + f"-seed-{seed}" * world.fresh
+    easy = "" if world.easy_share is None else f"-easy-{world.easy_share}"
+    train = f"train-{world.families}-{args.train_questions or world.train}{easy}-seed-{seed}"
+    names = {"held_out": held_out, "held_out_probe": f"{held_out}-probe", "train": train}
     paths = {key: str(root / f"{file}.jsonl") for key, file in names.items()}
     return {**paths, "index": str(root / "index"), "noise": str(world.noise)}
 
 
-def prepare_world(cell: Cell, args: Any) -> None:
-    """Make the files of a cell's world that are missing."""
+def prepare_world(cell: Cell, args: CellArgs) -> None:
+    """Make the files of a cell's world that are missing: index, questions and, for sums, the base's probe."""
     files, world = cell.files, WORLDS[VARIANTS[cell.variant].world]
+    drawn = cell.seed if world.fresh else 0
     with locked(Path(files["index"])):  # one lock for all of them
         if not Path(files["index"]).exists():
             unfinished = Path(files["index"] + ".tmp")
-            SearchIndex.build(World(args.preset).passages(), progress=False).save(unfinished)
+            SearchIndex.build(facts.World(args.preset).passages(), progress=False).save(unfinished)
             unfinished.rename(files["index"])
         families = MIX if world.families == "noisy" else tuple(world.families.split(","))
-        if not Path(files["held_out"]).exists():
-            write_jsonl(files["held_out"], questions(World(args.preset), args.eval_questions, EVAL_SEED, families))
-        if not Path(files["train"]).exists():
-            easy = None if world.easy_share is None else (world.easy_share, EASY_TERMS)
-            rows = questions(World(args.preset), args.train_questions, cell.seed, families, easy)
-            write_jsonl(files["train"], rows)
-        if world.easy_share is not None:
-            probe(files["held_out"], files["held_out_probe"], args)
+        easy = None if world.easy_share is None else (world.easy_share, facts.EASY_TERMS)
+        held_out = args.eval_questions or world.held_out, EVAL_SEED + drawn, families
+        train = args.train_questions or world.train, cell.seed, families, easy
+        for part, what in (("held_out", held_out), ("train", train)):
+            if not Path(files[part]).exists():
+                write_jsonl(files[part], facts.questions(facts.World(args.preset), *what))
+        if world.sums:  # other samples than those that are measured
+            own = {"data": files["held_out"], "output": files["held_out_probe"], "index": files["index"]}
+            own |= {"num_generations": PROBES, "mode": "no_think", "seed": drawn, "model_name_or_path": args.base}
+            known = {f.name for f in fields(rollout.Args)}
+            rollout.main(rollout.Args(**{k: v for k, v in SHARED.items() if k in known}, **own))
 
 
-def probe(data: str, output: str, args: Any) -> None:
-    """PROBES samples of the base without thinking for every question of a file."""
-    flags = {"model_name_or_path": args.base, "data": data, "output": output, "mode": "no_think"}
-    rollout.main(rollout.Args(**SAMPLING, **flags, num_generations=PROBES, threads=1, engine="fast"))
+def hard_ids(probes: list[Trajectory]) -> set[str]:
+    """Questions that fewer than HARD of their samples answer right."""
+    return {g[0].question_id for g in groups_of(probes) if fmean(grade(t)[0] for t in g) < HARD}
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -259,6 +319,11 @@ def column(row: dict, name: str) -> list[float]:
     return [float(v) for v in row["questions"][name]]
 
 
+def training_log(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, one per step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def curves(jobs: list[Job]) -> dict[str, list]:
     """Training metrics of the last RL stage (of a curriculum: its last round), means over windows of EVERY steps.
 
@@ -268,7 +333,7 @@ def curves(jobs: list[Job]) -> dict[str, list]:
     if not stages:
         return {}
     *_, folder = [stages[-1], *sorted(stages[-1].glob("round-*/rl"))]
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = training_log(folder)
     windows = [log[at : at + EVERY] for at in range(0, len(log), EVERY)]
     found = {key: [[row[key] for row in w if key in row] for w in windows] for key in CURVES}
     return {"step": [w[-1]["step"] for w in windows]} | {
