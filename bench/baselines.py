@@ -1,8 +1,8 @@
-"""Other implementations of the benchmark's operations; imported by kernels.benchmark alone.
+"""Other people's implementations of what our kernels compute, for bench/kernels.py to time on the same inputs and loss.
 
-BASELINES names for each operation the lines (build, wrap, note): build() imports a library, or fails with the reason
-for which the line is skipped; wrap turns what it returns into prepare(case) → timed(), of which only timed is measured.
-The note says what a line leaves out or does beside. All lines of an operation get the same inputs and the same loss.
+BASELINES names for each operation the lines (build, note). build() imports a library, or fails with the reason for
+which the line is skipped, and returns prepare(case) → timed(), of which only timed is measured. The note says what a
+line leaves out or does beside.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from kernels.policy_loss import policy_arguments, policy_terms
 Prepare = Callable[[Case], Callable[[], object]]
 
 
-# ---------------------------------------------------------------------------------------------- libraries
+# ------------------------------------------------------- (logits, targets, temperature) -> (logp, entropy)
 
 
 def eager():
@@ -27,6 +27,10 @@ def eager():
         return logp, -(log_p.exp() * log_p).sum(-1)
 
     return statistics
+
+
+def compiled():
+    return torch.compile(eager())
 
 
 def reference():
@@ -43,23 +47,17 @@ def trl():
     return statistics
 
 
-def compiled(build):
-    return lambda: torch.compile(build())
+# ----------------------------------------------- (hidden, weight, targets, temperature) -> (logp, entropy)
 
 
-def liger_selective():
-    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+def via_logits(build):
+    """The same signature as a fused function, over whole logits in the head's dtype."""
 
-    def statistics(logits, targets, temperature):  # takes (B, L + 1, V) and drops the last row
-        return fused_selective_log_softmax(logits[None], targets.clamp_min(0)[None, :-1], temperature)
+    def built():
+        statistics = build()
+        return lambda h, w, y, temperature: statistics(F.linear(h, w), y, temperature)
 
-    return statistics
-
-
-def verl():
-    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
-
-    return lambda h, w, y, temperature: linear_cross_entropy(h, w, y.clamp_min(0), temperature, "none", None)
+    return built
 
 
 def liger_scaled():
@@ -71,6 +69,9 @@ def liger_scaled():
         return -nll, entropy
 
     return statistics
+
+
+# ---------------------------------------------------------------------------------------- case -> a loss
 
 
 def liger_grpo():
@@ -93,27 +94,10 @@ def liger_grpo():
     return loss
 
 
-def liger_flce():
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return lambda h, w, y: liger_fused_linear_cross_entropy(h, w, y, reduction="sum")
-
-
-def torch_linear():
-    options = torch.nn.LinearCrossEntropyOptions()
-    return lambda h, w, y: F.linear_cross_entropy(h, w, y, reduction="sum", options=options)
-
-
 def cut_cross_entropy():
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda h, w, y: linear_cross_entropy(h, w, y, reduction="sum")
-
-
-def quack():
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return lambda h, w, y: chunked_linear_cross_entropy(h, w, y, reduction="sum")
+    return lambda case: linear_cross_entropy(case.hidden, case.weight, case.targets, reduction="sum")
 
 
 # ------------------------------------------------------------------------------------------ what is timed
@@ -140,11 +124,6 @@ def logits_backward(statistics) -> Prepare:
     return prepare
 
 
-def via_logits(statistics):
-    """The same signature as a fused function, over whole logits in the head's dtype."""
-    return lambda h, w, y, temperature: statistics(F.linear(h, w), y, temperature)
-
-
 def linear_forward(statistics) -> Prepare:
     return lambda case: torch.no_grad()(lambda: statistics(case.hidden, case.weight, case.targets, case.temperature))
 
@@ -156,62 +135,38 @@ def policy_loss(statistics) -> Prepare:
     return prepare
 
 
-def own_loss(loss) -> Prepare:
+def loss_forward(loss) -> Prepare:
+    return lambda case: torch.no_grad()(lambda: loss(case))
+
+
+def loss_gradient(loss) -> Prepare:
     return lambda case: lambda: torch.autograd.grad(loss(case), case.hidden)
 
 
-def cross_entropy_forward(call) -> Prepare:
-    return lambda case: torch.no_grad()(lambda: call(case.hidden, case.weight, case.targets))
+LOGITS = {
+    "torch eager": (eager, ""),
+    "torch.compile": (compiled, ""),
+    "our torch reference": (reference, ""),
+    "TRL": (trl, "bf16 results"),
+}
+LINEAR = {
+    "torch eager": (via_logits(eager), "bf16 logits"),
+    "torch.compile": (via_logits(compiled), "bf16 logits"),
+    "TRL": (via_logits(trl), "bf16 logits"),
+    "liger scaled CE": (liger_scaled, "with gradients also one for the weight"),
+}
+LOSSES = {"cut-cross-entropy": (cut_cross_entropy, "cross-entropy only: no entropy, no temperature, no policy loss")}
 
 
-def cross_entropy(call) -> Prepare:
-    return own_loss(lambda case: call(case.hidden, case.weight, case.targets))
+def timing(lines: dict, wrap: Callable) -> dict[str, tuple[Callable[[], Prepare], str]]:
+    """The lines, with what they build wrapped into what is timed."""
+    return {name: (lambda build=build: wrap(build()), note) for name, (build, note) in lines.items()}
 
 
-def forward_of_logits(statistics) -> Prepare:
-    return linear_forward(via_logits(statistics))
-
-
-def loss_of_logits(statistics) -> Prepare:
-    return policy_loss(via_logits(statistics))
-
-
-CROSS_ENTROPY = "cross-entropy only: no entropy, no temperature, no policy loss"
-BASELINES: dict[str, dict[str, tuple[Callable, Callable, str]]] = {
-    "logits_forward": {
-        "torch eager": (eager, logits_forward, ""),
-        "torch.compile": (compiled(eager), logits_forward, ""),
-        "our torch reference": (reference, logits_forward, ""),
-        "TRL": (trl, logits_forward, "bf16 results"),
-        "TRL compiled": (compiled(trl), logits_forward, "bf16 results"),
-        "liger selective_log_softmax": (liger_selective, logits_forward, "no entropy"),
-    },
-    "logits_backward": {
-        "torch eager": (eager, logits_backward, ""),
-        "torch.compile": (compiled(eager), logits_backward, ""),
-        "our torch reference": (reference, logits_backward, ""),
-        "TRL": (trl, logits_backward, ""),
-    },
-    "linear_forward": {
-        "torch eager": (eager, forward_of_logits, "bf16 logits"),
-        "torch.compile": (compiled(eager), forward_of_logits, "bf16 logits"),
-        "TRL": (trl, forward_of_logits, "bf16 logits and results"),
-        "liger scaled CE": (liger_scaled, linear_forward, ""),
-        "verl": (verl, linear_forward, "early versions are wrong unless V % 1024 == 0"),
-        "F.linear_cross_entropy": (torch_linear, cross_entropy_forward, CROSS_ENTROPY),
-        "cut-cross-entropy": (cut_cross_entropy, cross_entropy_forward, CROSS_ENTROPY),
-        "quack": (quack, cross_entropy_forward, CROSS_ENTROPY),
-    },
-    "policy_loss": {
-        "torch eager": (eager, loss_of_logits, "bf16 logits"),
-        "torch.compile": (compiled(eager), loss_of_logits, "bf16 logits"),
-        "TRL": (trl, loss_of_logits, "bf16 logits"),
-        "liger scaled CE": (liger_scaled, policy_loss, "also a gradient for the weight"),
-        "verl": (verl, policy_loss, "also a gradient for the weight"),
-        "liger chunked GRPO": (liger_grpo, own_loss, "no entropy"),
-        "F.linear_cross_entropy": (torch_linear, cross_entropy, CROSS_ENTROPY),
-        "liger FLCE": (liger_flce, cross_entropy, CROSS_ENTROPY),
-        "cut-cross-entropy": (cut_cross_entropy, cross_entropy, CROSS_ENTROPY),
-        "quack": (quack, cross_entropy, CROSS_ENTROPY),
-    },
+BASELINES: dict[str, dict[str, tuple[Callable[[], Prepare], str]]] = {
+    "logits_forward": timing(LOGITS, logits_forward),
+    "logits_backward": timing(LOGITS, logits_backward),
+    "linear_forward": timing(LINEAR, linear_forward) | timing(LOSSES, loss_forward),
+    "policy_loss": timing(LINEAR, policy_loss)
+    | timing(LOSSES | {"liger chunked GRPO": (liger_grpo, "no entropy")}, loss_gradient),
 }

@@ -1,4 +1,4 @@
-"""Realistic inputs for the benchmark and the GPU tests, and the errors of the kernels on them against float64."""
+"""Inputs that look like a real policy's, for timing and testing the kernels, and the kernels' errors on them."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -2,11 +2,11 @@
 # Everything that needs a GPU, in one call on a machine with torch, Triton, transformers and peft installed: versions,
 # kernel tests, kernel benchmark, rollout and training step on the 7B shape with random weights (4-bit if bitsandbytes
 # is there, else bf16). Each part has its own time limit, and what it measured until then stays in OUTPUT_FOLDER.
-# Usage: ./gpu.sh OUTPUT_FOLDER [PART…]; parts: tests kernels step rollout, all by default.
+# Usage: bench/gpu.sh OUTPUT_FOLDER [PART…]; parts: tests kernels step rollout, all by default.
 # PYTHON=… names the interpreter, SHAPE=… another shape (data/tiny runs the last two parts on a CPU).
 set -uo pipefail
-cd "$(dirname "$0")"
-python=${PYTHON:-python3} out=${1:?usage: ./gpu.sh OUTPUT_FOLDER [PART…]}
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} out=${1:?usage: bench/gpu.sh OUTPUT_FOLDER [PART…]}
 shift
 mkdir -p "$out"
 failed=0
@@ -42,6 +42,6 @@ run tests 400 "$python" -m pytest tests/test_kernels_*.py -m "not slow"
 run kernels 600 "$python" -m bench.kernels --output "$out/kernels"
 run step 400 "$python" -m bench.step "${shape[@]}" --gradient_checkpointing --max_tokens_per_micro_batch 8192 \
   --output "$out/step"
-run rollout 500 "$python" -m bench.rollout "${shape[@]}" --loads short long --engines hf fast --slots 64 \
+run rollout 500 "$python" -m bench.rollout "${shape[@]}" --slots 64 \
   --turns 4 --waves 1 --repeats 1 --output "$out/rollout"
 exit $failed

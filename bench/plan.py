@@ -1,170 +1,61 @@
-"""What a run will do and need, before any weights are loaded: steps, tokens, memory, and whether it fits.
+"""Does a run fit, how long is it, and is its data read as you meant? Answered before any weights are loaded.
 
-`--dry_run` on train_rl.py, train_sft.py and flywheel.py prints it for the longest trajectories that the flags allow
-(bench/memory.py has the formulas), checks the data that is there, and ends with exit code 2 if the run cannot fit. For any
-script, `python -m bench.plan [--gb N] SCRIPT FLAGS…` reads its flags and plans what they ask for:
+    python train_rl.py FLAGS… --dry_run            for this machine
+    python train_rl.py FLAGS… --dry_run 24         for a GPU of 24 GB, which need not be here
 
-    python -m bench.plan --gb 24 train_rl.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --load_in_4bit …
-    python -m bench.plan --gb 24 -m eval.evaluate --model_name_or_path …
+Every script hands such a command line to this module, which reads the flags as the script would. It prints what the
+data holds, one rendered prompt, the steps, the memory by part (formulas: bench/memory.py) and what fits on common
+cards. It ends with exit code 2, and with flags that help, if a flag or the data is wrong or the run cannot fit. Data
+and tokenizer that are not on this machine are not fetched: the plan then takes the lengths that the flags allow.
 """
 
 import importlib
+import json
+import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from textwrap import indent
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from bench.memory import CONTEXT, Parts, decoder_of, read_config, rollout, training
-from core.args import arg, cli
-from core.model import load_tokenizer
+import train_sft
+from bench.memory import CONTEXT, LIKE_LLAMA, Decoder, Parts, Setup, decoder_of, read_config, rollout, training
+from core.args import cli
+from core.conversation import dialect_of, render_prompt
+from core.model import ModelArgs, load_tokenizer
 from core.run import table
 from core.trajectory import DataError
 from data.questions import load_questions
 from engines.toolbox import has_index
-from engines.turns import start_draft
+from engines.turns import check_prompts, start_draft
 
+ROOT = Path(__file__).resolve().parent.parent
 GiB = 2**30
 CARDS = (16, 24, 80)  # GB
 USABLE = 0.95  # of a card's GiB: the driver and error correction keep the rest
 TIGHT = 0.8  # of a card; a plan above it may not fit after all
+SHOWN = 500  # characters of the prompt that is printed, half of them from its end
 
 
-@dataclass
-class PlanArgs:
-    """Flags of the plan."""
+class Plan(NamedTuple):
+    """What one script will do; a phase that it does not have is 0."""
 
-    dry_run: bool = arg(False, "print steps, tokens and memory, check what can be checked without weights, and stop")
-    dry_run_gb: int = arg(0, "dry run: plan for a GPU of so many GB instead of the device that is here")
-
-
-class Need(NamedTuple):
-    """Memory of a run: `training` and `rollout` are None where the run has no such phase."""
-
-    training: Callable[[int], Parts] | None  # tokens of a micro-batch -> parts
-    rollout: Callable[[int], Parts] | None  # trajectories at once -> parts
-    tokens: int  # of the longest micro-batch that the flags allow
-    longest: int  # of one trajectory
-    rows: int  # trajectories at once
+    setup: Setup
+    work: dict[str, Any]  # printed as it is
+    at_once: int = 0  # trajectories that are sampled at once
+    longest: int = 0  # tokens of the longest row that is trained on
+    tokens: int = 0  # of the largest micro-batch, padding included
 
 
-def need_of(args: Any, on: torch.device, prompt: int, trajectories: int) -> Need:
-    """The plan's functions for these flags; prompt: longest prompt in tokens; trajectories: of one step."""
-    d = decoder_of(read_config(args.model_name_or_path))
-    trains, rolls = hasattr(args, "per_device_train_batch_size"), hasattr(args, "engine")
-    longest = prompt + args.max_completion_length if rolls else args.max_length
-    tokens = rows = 0
-    if trains:
-        tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * longest
-    if rolls:
-        rows = min(args.rollout_batch_size, trajectories)
-
-    def of_tokens(n: int) -> Parts:  # two rows need more than one: they are padded
-        rows = max(n // longest, 2 if n > longest else 1)
-        return training(d, args, on, rows, max(n // rows, 1))
-
-    def of_rows(n: int) -> Parts:
-        return rollout(d, args, on, n, prompt, trains)
-
-    at_server = rolls and args.engine == "openai"
-    return Need(of_tokens if trains else None, None if at_server or not rolls else of_rows, tokens, longest, rows)
-
-
-def most(fits: Callable[[int], bool], above: int = 1) -> int:
-    """The largest n >= above with fits(n), to 3 %; 0 if there is none; fits must not come back once it is gone."""
-    if not fits(above):
-        return 0
-    low, high = above, 2 * above
-    while fits(high) and high < 2**24:
-        low, high = high, 2 * high
-    while high - low > max(1, low // 32):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def capacity(gb: int) -> tuple[int, str]:
-    """(bytes, name) of the device to plan for: `--dry_run_gb`, else the GPU's free memory, else the machine's RAM."""
-    if gb:
-        return int(gb * GiB * USABLE), f"a GPU of {gb} GB"
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] + CONTEXT, torch.cuda.get_device_name()
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine's RAM"
-
-
-def advice(args: Any, need: Need, size: int) -> str:
-    """Flags that would make the plan smaller, the cheapest first."""
-    flags = []
-    if need.training and total(need.training(need.tokens)) > size:
-        n = most(lambda n: total(need.training(n)) <= size, need.longest)
-        flags += [f"--max_tokens_per_micro_batch {n}"] if n else []
-        flags += ["--gradient_checkpointing"] * (not args.gradient_checkpointing)
-        flags += ["--optimizer adamw_8bit"] * (args.optimizer == "adamw")
-    if need.rollout and total(need.rollout(need.rows)) > size:
-        flags += ["--engine fast"] * (args.engine == "hf")
-        n = most(lambda n: total(need.rollout(n)) <= size)
-        flags += [f"--rollout_batch_size {n}"] if n else []
-    flags += ["--load_in_4bit"] * (not args.load_in_4bit)
-    flags += ["a shorter --max_completion_length" if need.rows else "a shorter --max_length"]
-    return ", ".join(flags)
-
-
-def total(parts: Parts) -> int:
-    """Sum of all parts in bytes."""
-    return sum(parts.values())
-
-
-def show(need: Need, size: int, name: str) -> tuple[int, dict[int, bool]]:
-    """Print memory by part and phase, and what fits on common cards; returns (peak in bytes, {GB: fits})."""
-    phases = {}
-    if need.rollout:
-        phases[f"rollout of {need.rows}"] = need.rollout(need.rows)
-    if need.training:
-        phases[f"training on {need.tokens:,} tokens"] = need.training(need.tokens)
-    names = list(dict.fromkeys(part for parts in phases.values() for part in parts if parts[part]))
-    rows = [[part, *(parts.get(part, 0) / GiB for parts in phases.values())] for part in names]
-    print(table(["GiB", *phases], [*rows, ["sum", *(total(parts) / GiB for parts in phases.values())]]))
-    peak = max(map(total, phases.values()), default=0)
-    print(f"\npeak {peak / GiB:.2f} GiB; {name} has {size / GiB:.1f} GiB; not yet measured on a GPU, so leave a fifth free\n")
-    fits, rows = {}, []
-    for gb in CARDS:
-        limit = int(gb * GiB * USABLE)
-        fits[gb] = peak <= limit
-        tokens = need.training and most(lambda n: total(need.training(n)) <= limit, need.longest)
-        at_once = need.rollout and most(lambda n: total(need.rollout(n)) <= limit)
-        limits = ["-" if n is None else n or "not one" for n in (tokens, at_once)]
-        word = "does not fit" if not fits[gb] else "tight" if peak > TIGHT * limit else "fits"
-        rows.append([f"{gb} GB", word, *limits])
-    print(table(["card", "this plan", "most tokens per micro-batch", "most trajectories at once"], rows))
-    return peak, fits
-
-
-def dry_run(args: Any, work: dict[str, Any], prompt: int = 0, trajectories: int = 0) -> dict:
-    """Print the plan; DataError that names flags to change if it does not fit. Returns {"peak": bytes, "fits": …}.
-
-    work: what the run will do, printed as it is; prompt, trajectories: as in `need_of`.
-    """
-    on = torch.device("cuda" if args.dry_run_gb or torch.cuda.is_available() else "cpu")
-    need = need_of(args, on, prompt, trajectories)
-    print(f"{'model':32} {args.model_name_or_path}, {args.dtype}{', Linears in 4-bit NF4' * args.load_in_4bit}")
-    for what, value in work.items():
-        print(f"{what:32} {value:,}" if isinstance(value, int) else f"{what:32} {value}")
-    size, name = capacity(args.dry_run_gb)
-    peak, fits = show(need, size, name)
-    if peak > size:
-        raise DataError(
-            f"the run needs {peak / GiB:.1f} GiB, {name} has {size / GiB:.1f}; flags that help: "
-            + advice(args, need, size)
-        )
-    return {"peak": peak, "fits": fits}
-
-
-# ---------------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------------------------------- the data
 
 
 def local_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
@@ -176,63 +67,305 @@ def local_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(path) if here else None
 
 
-def check_questions(args: Any) -> tuple[int, int, str]:
-    """(number of questions, longest prompt in tokens, what was checked) of `--data`, as far as it is on this machine.
+def by_task(rows: list[Any]) -> str:
+    """The number of rows, and of each task."""
+    return f"{len(rows)} ({', '.join(f'{task} {n}' for task, n in sorted(Counter(r.task for r in rows).items()))})"
+
+
+def shortened(text: str) -> str:
+    """The text's beginning and end, each line indented."""
+    if len(text) > SHOWN:
+        text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+    return "\n" + indent(text.rstrip("\n"), "    ")
+
+
+def read_questions(args: Any) -> tuple[int, int, dict[str, Any]]:
+    """(number of questions, longest prompt in tokens, what to print) of `--data`, as far as it is on this machine.
 
     0 questions if the file is not there; without a tokenizer the longest prompt is what the flags allow. DataError as
     in the run itself.
     """
-    tokenizer = local_tokenizer(args.model_name_or_path)
     if not Path(args.data).is_file():
-        return 0, args.max_prompt_length, f"{args.data} is not here: not checked"
-    index = "" if has_index(args) else f"; {args.index} is not here"
+        return 0, args.max_prompt_length, {"questions": f"{args.data} is not here: not checked"}
     questions = load_questions(args.data, args.task, args.limit, args.split)
+    work = {"questions": by_task(questions)}
+    if not has_index(args.index):
+        work["index"] = f"{args.index} is not here: not checked"
+    tokenizer = local_tokenizer(args.model_name_or_path)
     if tokenizer is None:
-        return len(questions), args.max_prompt_length, f"questions read; no tokenizer here: prompts not checked{index}"
+        return len(questions), args.max_prompt_length, work | {"prompts": "no tokenizer here: not checked"}
+    check_prompts(questions, tokenizer, args, SimpleNamespace(config=read_config(args.model_name_or_path)))
     longest = max(start_draft(q, 0, tokenizer, args, ()).prompt_len for q in questions)
-    return len(questions), longest, f"questions read, prompts of up to {longest} tokens{index}"
+    prompt = render_prompt(questions[0], tokenizer, dialect_of(questions[0], args.dialect))
+    work |= {"longest prompt, tokens": longest, "a prompt": shortened(prompt)}
+    return len(questions), longest, work
+
+
+# ---------------------------------------------------------------------------------------------------- the scripts
+
+
+def base_of(args: ModelArgs, on: torch.device) -> Setup:
+    """The model that the flags name; an adapter folder has the rank and the targets that it was made with."""
+    r, targets = args.lora_r, args.lora_target_modules
+    adapter = Path(args.model_name_or_path, "adapter_config.json")
+    if adapter.is_file():
+        config = json.loads(adapter.read_text())
+        r, targets = config["r"], config["target_modules"]
+    return Setup(on, args.dtype, args.load_in_4bit, r, targets, adapter.is_file())
+
+
+def rl_setup(args: Any, on: torch.device, prompt: int) -> Setup:
+    """What train_rl.py keeps in memory; prompt: the longest, in tokens."""
+    return base_of(args, on)._replace(
+        optimizer=args.optimizer,
+        checkpointing=args.gradient_checkpointing,
+        reference=args.beta > 0 or args.indicator == "reference",
+        sampling_copy="" if args.rollout_dtype == "policy" else args.rollout_dtype,
+        engine=args.engine,
+        prompt=prompt,
+        completion=args.max_completion_length,
+    )
+
+
+def plan_rl(args: Any, on: torch.device) -> Plan:
+    """train_rl.py: samples a step's trajectories, then trains on them in micro-batches."""
+    n, prompt, work = read_questions(args)
+    if 0 < n < args.questions_per_step:
+        raise DataError(
+            f"--data {args.data} holds {n} questions, fewer than --questions_per_step {args.questions_per_step}"
+        )
+    per_step, longest = args.questions_per_step * args.num_generations, prompt + args.max_completion_length
+    work |= {
+        "steps": args.max_steps,
+        "optimizer steps": args.max_steps * args.num_iterations * args.updates_per_batch,
+        "trajectories per step": per_step,
+        "trajectories": args.max_steps * per_step,
+        "tokens per step, at most": per_step * longest,
+    }
+    budget = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * longest
+    tokens = min(budget, per_step // args.updates_per_batch * longest)
+    return Plan(rl_setup(args, on, prompt), work, min(args.rollout_batch_size, per_step), longest, tokens)
+
+
+def plan_sft(args: Any, on: torch.device) -> Plan:
+    """train_sft.py: trains on examples as long as they are, or as --max_length allows where they cannot be read."""
+    per_step, longest = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.max_length
+    tokenizer = local_tokenizer(args.model_name_or_path)
+    work = {"examples": f"{args.data} is not here, or no tokenizer: not checked"}
+    if tokenizer and Path(args.data).is_file():
+        vocabulary = read_config(args.model_name_or_path).get_text_config().vocab_size
+        examples = train_sft.load_examples(args.data, tokenizer, args, vocabulary)
+        longest, first = max(len(t.token_ids) for t in examples), examples[0]
+        work = {"examples": by_task(examples), "longest example, tokens": longest}
+        work["a prompt"] = shortened(tokenizer.decode(first.token_ids[: first.prompt_len]))
+        work["steps"] = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(examples) / per_step))
+    work |= {"examples per step": per_step, "tokens per step, at most": per_step * longest}
+    budget = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * longest
+    setup = base_of(args, on)._replace(optimizer=args.optimizer, checkpointing=args.gradient_checkpointing)
+    return Plan(setup, work, 0, longest, max(longest, min(budget, per_step * longest)))
+
+
+def plan_rollout(args: Any, on: torch.device) -> Plan:
+    """rollout.py: samples; with --engine openai at a server, which needs no memory here."""
+    n, prompt, work = read_questions(args)
+    work["trajectories per question"] = args.num_generations
+    setup = base_of(args, on)
+    if args.engine == "openai":
+        return Plan(setup, work | {"sampled": f"at {args.base_url}: needs no memory here"})
+    at_once = min(args.rollout_batch_size, n * args.num_generations or args.rollout_batch_size)
+    setup = setup._replace(engine=args.engine, prompt=prompt, completion=args.max_completion_length)
+    return Plan(setup, work, at_once)
+
+
+def plan_flywheel(args: Any, on: torch.device) -> Plan:
+    """flywheel.py: samples round after round; the passes of its critic are not planned."""
+    plan = plan_rollout(args, on)
+    most = args.num_generations + 3 * args.rounds if args.per_round == "best" else args.max_per_question
+    plan.work["trajectories per question"] = f"at most {most}; without the critic's own passes"
+    return plan._replace(at_once=args.rollout_batch_size if plan.at_once else 0)
+
+
+def plan_warmup(args: Any, on: torch.device) -> Plan:
+    """methods.warmup: samples every question in both modes, maybe with two models one after the other."""
+    models = [args.model_name_or_path, args.think_model_name_or_path or args.model_name_or_path]
+    args.model_name_or_path = max(models, key=lambda path: decoder_of(read_config(path)).parameters)
+    plan = plan_rollout(args, on)
+    plan.work["trajectories per question"] = f"{args.num_generations} in each of two modes"
+    return plan
+
+
+def plan_curriculum(args: Any, on: torch.device) -> Plan:
+    """methods.curriculum: rounds of sampling and RL. Its sampling is planned as if the trainer were there too."""
+    plan = plan_rl(args, on)
+    rounds = f"{args.rounds}, each samples {args.select_generations} answers per question, then trains:"
+    return plan._replace(work={"rounds": rounds} | plan.work, at_once=args.rollout_batch_size)
+
+
+PLANS: dict[str, Callable[[Any, torch.device], Plan] | None] = {  # None: the script loads no model
+    "train_rl": plan_rl,
+    "train_sft": plan_sft,
+    "rollout": plan_rollout,
+    "flywheel": plan_flywheel,
+    "methods.warmup": plan_warmup,
+    "methods.curriculum": plan_curriculum,
+    "methods.selection": None,
+    "methods.refine": None,
+    "eval.evaluate": None,
+    "data.prepare_gsm8k": None,
+    "data.prepare_multihop": None,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- does it fit
+
+
+def phases_of(plan: Plan, d: Decoder) -> tuple[Callable[[int], Parts] | None, Callable[[int], Parts] | None]:
+    """(tokens of a micro-batch -> parts, trajectories at once -> parts); None for a phase that the script lacks."""
+
+    def of_tokens(n: int) -> Parts:  # two rows need more memory than one: they are padded
+        rows = max(n // plan.longest, 2 if n > plan.longest else 1)
+        return training(d, plan.setup, rows, max(n // rows, 1))
+
+    return of_tokens if plan.tokens else None, partial(rollout, d, plan.setup) if plan.at_once else None
+
+
+def total(parts: Parts) -> int:
+    """Sum of all parts in bytes."""
+    return sum(parts.values())
+
+
+def most(parts_of: Callable[[int], Parts] | None, size: int, above: int = 1) -> int | None:
+    """Binary search for the largest n whose parts fit in `size` bytes, to within 3 %; larger n need more.
+
+    0 if even `above` does not fit, None if there are no parts.
+    """
+    if parts_of is None:
+        return None
+    if total(parts_of(above)) > size:
+        return 0
+    low, high = above, 2 * above
+    while total(parts_of(high)) <= size and high < 2**24:
+        low, high = high, 2 * high
+    while high - low > max(1, low // 32):
+        middle = (low + high) // 2
+        low, high = (middle, high) if total(parts_of(middle)) <= size else (low, middle)
+    return low
+
+
+def capacity(gb: int) -> tuple[int, str]:
+    """(bytes, name) of the device to plan for: a GPU of so many GB, else the GPU's free memory, else the RAM."""
+    if gb:
+        return int(gb * GiB * USABLE), f"a GPU of {gb} GB"
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] + CONTEXT, torch.cuda.get_device_name()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine's RAM"
+
+
+def advice(plan: Plan, tokens: int | None, at_once: int | None) -> str:
+    """Flags that would make the plan smaller, the cheapest first; tokens, at_once: the most that fit."""
+    flags = []
+    if tokens is not None and tokens < plan.tokens:
+        flags += [f"--max_tokens_per_micro_batch {tokens}"] if tokens else []
+        flags += ["--gradient_checkpointing"] if not plan.setup.checkpointing else []
+        flags += ["--optimizer adamw_8bit"] if plan.setup.optimizer == "adamw" else []
+    if at_once is not None and at_once < plan.at_once:
+        flags += ["--engine fast"] if plan.setup.engine == "hf" else []
+        flags += [f"--rollout_batch_size {at_once}"] if at_once else []
+    flags += ["--load_in_4bit"] if not plan.setup.four_bit else []
+    return ", ".join([*flags, "a shorter --max_length" if at_once is None else "a shorter --max_completion_length"])
+
+
+def show(plan: Plan, d: Decoder, gb: int) -> int:
+    """Print memory by part and phase, and what fits on common cards; returns the peak in bytes.
+
+    gb: as in `capacity`. DataError that names flags to change if the peak is more than that device has.
+    """
+    of_tokens, of_rows = phases_of(plan, d)
+    phases = {}
+    if of_rows:
+        phases[f"rollout of {plan.at_once}"] = of_rows(plan.at_once)
+    if of_tokens:
+        phases[f"training on {plan.tokens:,} tokens"] = of_tokens(plan.tokens)
+    names = list(dict.fromkeys(part for parts in phases.values() for part in parts))
+    rows = [[part, *(parts.get(part, 0) / GiB for parts in phases.values())] for part in names]
+    print(table(["GiB", *phases], [*rows, ["sum", *(total(parts) / GiB for parts in phases.values())]]))
+    peak, (size, device) = max(map(total, phases.values())), capacity(gb)
+    print(f"\npeak {peak / GiB:.2f} GiB; {device} has {size / GiB:.1f} GiB")
+    if plan.setup.on.type == "cuda":
+        print("not yet measured on a GPU, so leave a fifth free")
+    else:
+        print("on a CPU the process keeps more: runs were measured at 1.4 to 1.7 times their plan")
+    if d.kind not in LIKE_LLAMA:
+        print(f"activations are estimated by the formulas for Llama-like layers: model_type {d.kind!r} may differ")
+    rows = []
+    for card in CARDS:
+        limit, name = int(card * GiB * USABLE), f"{card} GB"
+        word = "does not fit" if peak > limit else "tight" if peak > TIGHT * limit else "fits"
+        limits = most(of_tokens, limit, plan.longest), most(of_rows, limit)
+        rows.append([name, word, *("-" if n is None else n or "not one" for n in limits)])
+    print("\n" + table(["card", "this plan", "most tokens per micro-batch", "most trajectories at once"], rows))
+    if peak > size:
+        flags = advice(plan, most(of_tokens, size, plan.longest), most(of_rows, size))
+        raise DataError(f"the run needs {peak / GiB:.1f} GiB, {device} has {size / GiB:.1f}; flags that help: {flags}")
+    return peak
+
+
+def dry_run(name: str, args: Any, gb: int = 0) -> int:
+    """Print the plan of a script; DataError if the data is wrong or the run cannot fit.
+
+    gb: plan for a GPU of so many GB, 0: for this machine. Returns the peak in bytes, 0 where no model is loaded here.
+    """
+    if PLANS[name] is None:
+        print(f"{name}: the flags are fine; it loads no model")
+        return 0
+    plan = PLANS[name](args, torch.device("cuda" if gb or torch.cuda.is_available() else "cpu"))
+    four_bit = ", Linears in 4-bit NF4" if args.load_in_4bit else ""
+    for what, value in ({"model": f"{args.model_name_or_path}, {args.dtype}{four_bit}"} | plan.work).items():
+        print(f"{what:32} {value:,}" if isinstance(value, int) else f"{what:32} {value}")
+    return show(plan, decoder_of(read_config(args.model_name_or_path)), gb) if plan.at_once or plan.tokens else 0
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def usage(problem: str) -> NoReturn:
-    """One line and exit code 2."""
-    print(f"bench/plan.py: error: {problem}; usage: bench/plan.py [--gb N] [-m] SCRIPT FLAGS…", file=sys.stderr)
-    sys.exit(2)
+def taken_out(words: list[str]) -> tuple[list[str], int]:
+    """(the words without `--dry_run` and a number behind it, that number or 0)."""
+    if "--dry_run" not in words:
+        return words, 0
+    at = words.index("--dry_run")
+    number = next(iter(words[at + 1 :]), "")
+    if number.isdigit() and int(number):
+        return words[:at] + words[at + 2 :], int(number)
+    return words[:at] + words[at + 1 :], 0
 
 
-def plan_command(argv: list[str]) -> None:
-    """Read the flags of another script as it would; plan the run if it has a model, say so if it has none."""
-    gb = 0
-    if argv[:1] == ["--gb"] and argv[1:] and argv[1].isdigit():
-        gb, argv = int(argv[1]), argv[2:]
-    if argv[:1] in (["--help"], ["-h"]):
+def for_a_gpu(cls: type) -> type:
+    """The flags of a script that loads a model, with `--dtype auto` as it is where there is a GPU."""
+
+    class Planned(cls):
+        def __post_init__(self):
+            if self.dtype == "auto":
+                self.dtype = "bfloat16"
+            super().__post_init__()
+
+    return Planned
+
+
+def main(words: list[str]) -> None:
+    """Plan the command line `SCRIPT FLAGS… --dry_run [GB]`; the script is a path, as Python puts it into sys.argv."""
+    if not words or words[0] in ("--help", "-h"):
         print(__doc__)
         return
-    argv = argv[1:] if argv[:1] == ["-m"] else argv
-    name = (argv or [""])[0].removesuffix(".py").replace("/", ".")
-    if not (Path(__file__).parent / f"{name.replace('.', '/')}.py").is_file():
-        usage(f"{name!r} is no script")
-    module = importlib.import_module(name)
-    if not hasattr(module, "Args"):
-        usage(f"{name} has no flags that can be read without running it")
-    sys.argv = argv
-
-    def plan(args: Any) -> None:
-        if hasattr(args, "dry_run"):
-            args.dry_run, args.dry_run_gb = True, gb
-            module.main(args)
-        elif getattr(args, "engine", None) and args.data:
-            args.dry_run_gb = gb
-            questions, prompt, checked = check_questions(args)
-            work = {"data": checked, "trajectories per question": args.num_generations}
-            dry_run(args, work, prompt, questions * args.num_generations or args.rollout_batch_size)
-        else:
-            print(f"{name}: flags are fine; it needs no model")
-
-    cli(plan, module.Args)
+    words, gb = taken_out(words)
+    path = Path(words[0]).resolve().with_suffix("")
+    name = ".".join(path.relative_to(ROOT).parts) if path.is_relative_to(ROOT) else str(path)
+    if name not in PLANS:
+        print(f"bench.plan: error: {name} has no plan; these have one: {', '.join(PLANS)}", file=sys.stderr)
+        sys.exit(2)
+    cls = importlib.import_module(name).Args
+    sys.argv = words
+    cli(lambda args: dry_run(name, args, gb), for_a_gpu(cls) if gb and PLANS[name] else cls)
 
 
 if __name__ == "__main__":
-    plan_command(sys.argv[1:])
+    main(sys.argv[1:])

@@ -1,8 +1,7 @@
-"""A model of a given shape with random weights, for benchmarks: nothing is downloaded and no checkpoint is read.
+"""Builds a model of any known shape with random weights, so that benchmarks need no download and no checkpoint.
 
-Needs the config alone (memory.ARCHITECTURES, or a folder with a config.json) and, for 4 bits, bitsandbytes. Weights are
-drawn on the device one by one, and in 4 bits quantised at once, so that nothing but the finished model and one
-unquantised Linear is ever there. Random weights cost the time and memory of trained ones; what they write is noise.
+Random weights cost the time and memory of trained ones; what they write is noise. Weights are drawn on the device one
+by one, and in 4 bits quantised at once, so that nothing but the finished model and one unquantised Linear is there.
 """
 
 import torch
@@ -63,16 +62,13 @@ def empty_4bit(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Linear:
     """The bitsandbytes layer that model.load_base puts in place of a Linear, without weights."""
     from bitsandbytes.nn import Linear4bit
 
-    bias = linear.bias is not None
-    return Linear4bit(
-        linear.in_features, linear.out_features, bias, dtype, compress_statistics=True, quant_type="nf4", device="meta"
-    )
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    return Linear4bit(*sizes, dtype, compress_statistics=True, quant_type="nf4", device="meta")
 
 
 def quantised(weight: torch.nn.Parameter, module: torch.nn.Module) -> torch.nn.Parameter:
     """The weight in NF4 with double quantisation; a move to its own device is what makes bitsandbytes quantise."""
     from bitsandbytes.nn import Params4bit
 
-    return Params4bit(
-        weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=module
-    ).to(weight.device)  # fmt: skip
+    options = dict(requires_grad=False, compress_statistics=True, quant_type="nf4", module=module)
+    return Params4bit(weight.data, **options).to(weight.device)

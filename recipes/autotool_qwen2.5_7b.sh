@@ -17,7 +17,7 @@ rl=(--reward autotool --num_generations 8 --questions_per_step 16 --temperature 
 # B4: best cell there H_s = 0.1, H_l = 0.2, beta_s = 0, beta_l(0) = 1e-2; beta_lr is our reading
 
 # B1: 8 answers in each mode; no-think solves it -> short label, else long (8.2k rows there)
-run methods/warmup.py --model_name_or_path "$MODEL" "${model[@]}" --data "$DATA" "${sampling[@]}" --num_generations 8 \
+run -m methods.warmup --model_name_or_path "$MODEL" "${model[@]}" --data "$DATA" "${sampling[@]}" --num_generations 8 \
   --temperature 1.0 --label_rule any ${THINK_MODEL:+--think_model_name_or_path "$THINK_MODEL"} --output "$OUT/warmup"
 run train_sft.py --model_name_or_path "$MODEL" "${model[@]}" --data "$OUT/warmup/sft.jsonl" --max_length 4096 \
   --per_device_train_batch_size 1 --gradient_accumulation_steps 32 "${memory[@]}" --num_train_epochs 3 \
@@ -33,7 +33,7 @@ for step in 30 60 90; do
     "${sampling[@]}" --num_generations 8 --output "$OUT/probe-$step.jsonl"
   probes+=("$OUT/probe-$step.jsonl")
 done
-run methods/refine.py --trajectories "${probes[@]}" --data "$DATA" --refine epochs_low --num_questions 7000 --overwrite \
+run -m methods.refine --trajectories "${probes[@]}" --data "$DATA" --refine epochs_low --num_questions 7000 --overwrite \
   --output "$OUT/refined.jsonl"
 
 # B3, B4: asymmetric reward and the decoupled adaptive entropy constraint; one pass over 7k questions
@@ -42,6 +42,6 @@ run train_rl.py --model_name_or_path "$(policy "$OUT/sft")" "${model[@]}" --data
 
 # B5: the model chooses its mode; always and never thinking beside it
 for mode in auto think no_think; do
-  run -m eval.evaluate --model_name_or_path "$(policy "$OUT/rl")" "${model[@]}" --data "$TEST" "${sampling[@]}" \
-    --temperature 0 --mode "$mode" --output "$OUT/eval_$mode"
+  run rollout.py --model_name_or_path "$(policy "$OUT/rl")" "${model[@]}" --data "$TEST" "${sampling[@]}" \
+    --num_generations 1 --temperature 0 --mode "$mode" --evaluate --output "$OUT/test_$mode.jsonl"
 done

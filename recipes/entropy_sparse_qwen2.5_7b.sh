@@ -18,5 +18,5 @@ run train_rl.py --model_name_or_path "$MODEL" "${model[@]}" --data "$DATA" "${to
   --num_generations 8 --questions_per_step 16 --temperature 1.0 --max_steps 300 --learning_rate 1e-5 \
   --gradient_checkpointing --max_tokens_per_micro_batch 8192 --output_dir "$OUT/rl"
 
-run -m eval.evaluate --model_name_or_path "$(policy "$OUT/rl")" "${model[@]}" --data "$TEST" "${tools[@]}" \
-  --temperature 0.6 --top_p 0.95 --output "$OUT/eval"
+run rollout.py --model_name_or_path "$(policy "$OUT/rl")" "${model[@]}" --data "$TEST" "${tools[@]}" \
+  --num_generations 1 --temperature 0.6 --top_p 0.95 --evaluate --output "$OUT/test.jsonl"

@@ -26,7 +26,7 @@ run train_sft.py --model_name_or_path "$MODEL" "${model[@]}" --data "$OUT/flywhe
 
 # sec. 4.2.2, 4.2.3: K = 16 samples per question, Pareto; G = 16, N0 = 8 (ARPO); sigma 0.1, halved per round (our
 # reading); g = 1; KL 0; clip 0.2; lr 1e-6 there; 3 epochs: 189 steps of 16 of the 1008 questions (N is unpublished)
-run methods/curriculum.py --model_name_or_path "$(policy "$OUT/rft")" "${model[@]}" --data "$DATA" "${tools[@]}" \
+run -m methods.curriculum --model_name_or_path "$(policy "$OUT/rft")" "${model[@]}" --data "$DATA" "${tools[@]}" \
   --rounds 3 --selector pareto --select_generations 16 --num_questions 1008 \
   --reward et_agent --sigma_tool 0.1 --sigma_length 0.1 --sigma_schedule round --behaviour_gain 1 \
   --num_generations 16 --branching arpo --initial_rollouts 8 --temperature 1.0 --beta 0 --epsilon 0.2 \
@@ -34,5 +34,5 @@ run methods/curriculum.py --model_name_or_path "$(policy "$OUT/rft")" "${model[@
   --output_dir "$OUT/curriculum"
 
 # sec. 5: temperature 0.6, top-p 0.95, top-k 20 (there also repetition penalty 1.1)
-run -m eval.evaluate --model_name_or_path "$(policy "$OUT/curriculum/round-3/rl")" "${model[@]}" --data "$TEST" \
-  "${tools[@]}" --temperature 0.6 --top_p 0.95 --top_k 20 --output "$OUT/eval"
+run rollout.py --model_name_or_path "$(policy "$OUT/curriculum/round-3/rl")" "${model[@]}" --data "$TEST" \
+  "${tools[@]}" --num_generations 1 --temperature 0.6 --top_p 0.95 --top_k 20 --evaluate --output "$OUT/test.jsonl"

@@ -5,7 +5,6 @@ python -m pytest tests/test_benchmark_step.py
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from bench import memory, rollout
 from bench import step as b
 from bench.random_model import random_base, shape_config
 from core.model import ModelArgs, load_base, packed, with_adapter
-from core.trajectory import DataError
+from engines.turns import gumbel_noise
 
 SMALL = Qwen2Config(
     vocab_size=160, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -133,20 +132,13 @@ def test_tare_and_trl_compute_the_same_gradient(monkeypatch):
 def test_the_prediction_is_that_of_the_plan_for_the_largest_micro_batch():
     args = arguments(gradient_checkpointing=True)
     flags, made = b.rl_flags(args, "Qwen2.5-0.5B"), b.make_trajectories(args, 160)
-    d = memory.decoder_of(SMALL)
+    d, cpu = memory.decoder_of(SMALL), torch.device("cpu")
+    how = memory.Setup(cpu, "float32", False, 16, ["all-linear"], False, optimizer="adamw", checkpointing=True)
     sizes = [
-        sum(memory.training(d, flags, torch.device("cpu"), len(rows), max(len(t.token_ids) for t in rows)).values())
+        sum(memory.training(d, how, len(rows), max(len(t.token_ids) for t in rows)).values())
         for rows in packed(made, 0, 64)
     ]
     assert len(set(sizes)) > 1 and sum(b.predicted(SMALL, flags, made).values()) == max(sizes)
-
-
-def test_peaks_are_of_their_own_phase_and_process():
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("no /proc/self/clear_refs: peaks of resident memory need Linux")
-    _, _, large = b.timed(lambda: torch.ones(50_000_000).sum())  # 200 MB
-    value, seconds, small = b.timed(lambda x: 2 * x, 21)
-    assert value == 42 and seconds < 1 and 150e6 < large - small < 250e6
 
 
 def test_the_table_has_a_line_for_each_library(tmp_path, monkeypatch):
@@ -157,24 +149,50 @@ def test_the_table_has_a_line_for_each_library(tmp_path, monkeypatch):
     args = arguments(random_init=[str(tmp_path / "m")], output=str(tmp_path / "t"), repeats=1)
     ours, theirs = b.main(args)
     assert ours["tokens"] > ours["trained_tokens"] > 0 and ours["tokens_per_second"] > 0
-    assert ours["update_peak"] > 0 and sum(ours["predicted"].values()) > 0
+    assert (ours["update_peak"] is None) != torch.cuda.is_available() and sum(ours["predicted"].values()) > 0
     assert theirs["failed"] == "not installed" and "not installed" in (tmp_path / "t.md").read_text()
     assert json.loads((tmp_path / "t.json").read_text())["rows"][0]["library"] == "tare"
 
 
-def test_the_rollout_benchmark_takes_a_shape(tmp_path):
+def test_the_rollout_benchmark_compares_equal_work(tmp_path):
     Qwen2Config(**(SMALL.to_dict() | {"vocab_size": 720})).save_pretrained(tmp_path / "m")
-    flags = {"random_init": str(tmp_path / "m"), "loads": ["short"], "slots": [4], "turns": [1], "waves": 1.0}
-    args = rollout.Args(output=str(tmp_path / "r"), repeats=1, threads=1, **flags)
+    flags = {"random_init": str(tmp_path / "m"), "loads": ["short"], "slots": [16], "turns": [1], "waves": 1.0}
+    args = rollout.Args(output=str(tmp_path / "r"), repeats=1, threads=1, layers=1, **flags)
     threads = torch.get_num_threads()
-    hf, fast = rollout.main(args)
+    fast, hf = rollout.main(args)
     torch.set_num_threads(threads)
-    assert hf["sampled"] == fast["sampled"] > 0 and "LoRA r=16" in (tmp_path / "r.md").read_text()
-    args.vocab = 730
-    with pytest.raises(DataError, match="--vocab 730: .* has a vocabulary of 720"):
-        rollout.main(args)
-    with pytest.raises(ValueError, match="--load_in_4bit needs --random_init"):
-        rollout.Args(output="x", load_in_4bit=True)
+    assert hf["sampled"] == fast["sampled"] > 0 and hf["read"] == hf["contexts"] > fast["read"]
+    assert fast["counts"]["sampled"] == fast["sampled"] and fast["counts"]["copied"] == 14 * 29
+    table = (tmp_path / "r.md").read_text()
+    assert "LoRA r=16" in table and "| short " in table and "| 1.00 " in table
+    assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == 2
+
+
+def test_a_load_too_large_for_memory_is_a_line_of_the_table(tmp_path, monkeypatch):
+    """The smallest load, run before the lines, is not too large."""
+
+    def run_once(name, model, tokenizer, slots, *more):
+        if slots == 32 and name == "hf":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"seconds": 1.0, "sampled": 10, "contexts": 20, "read": 20, "counts": None}
+
+    monkeypatch.setattr(rollout, "run_once", run_once)
+    monkeypatch.setattr(rollout, "random_policy", lambda *_: torch.nn.Linear(1, 1))
+    flags = {"loads": ["short"], "slots": [16, 32], "turns": [0], "repeats": 1}
+    threads = torch.get_num_threads()
+    rows = rollout.main(rollout.Args(output=str(tmp_path / "r"), **flags))
+    torch.set_num_threads(threads)
+    assert [r.get("failed") for r in rows] == [None, None, None, "out of memory"]
+    assert "out of memory" in (tmp_path / "r.md").read_text()
+
+
+def test_noise_of_the_rollout_benchmark_is_the_engines_own_but_for_the_script():
+    seeds, positions = torch.tensor([5, 7]), torch.tensor([1, 9])
+    noise = rollout.scripted_noise({5: [3, 4], 7: [1]})(seeds, positions, 20)
+    own = gumbel_noise(seeds, positions, 20)
+    assert noise.argmax(1).tolist() == [4, 0]  # behind the end of a script anything will do
+    own[0, 4] = own[1, 0] = 1e9
+    assert torch.equal(noise, own)
 
 
 @pytest.mark.parametrize(
@@ -184,10 +202,20 @@ def test_the_rollout_benchmark_takes_a_shape(tmp_path):
         ({"layers": [1, 2]}, "--layers"),
         ({"prompt_length": [9]}, "--prompt_length takes LOW HIGH"),
         ({"completion_length": [3, 8]}, "--completion_length takes LOW HIGH from 4"),
-        ({"max_tokens_per_micro_batch": 32}, "is less than a trajectory of 33"),
+        ({"max_tokens_per_micro_batch": 32}, "32 is less than one trajectory may have"),
         ({"repeats": 0}, "--repeats must be at least 1"),
     ],
 )
 def test_bad_flags_are_named(flags, message):
     with pytest.raises(ValueError, match=message):
         arguments(**flags)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"engines": ["vllm"]}, "--engines vllm: not one of fast, hf"),
+    ({"loads": ["all"]}, "--loads all: not one of short, long"),
+    ({"output": ""}, "--output is required"),
+])  # fmt: skip
+def test_bad_flags_of_the_rollout_benchmark_are_named(flags, message):
+    with pytest.raises(ValueError, match=message):
+        rollout.Args(**{"output": "x"} | flags)

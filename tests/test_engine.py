@@ -321,24 +321,6 @@ def test_a_model_with_other_attention_is_refused_and_left_as_it_was(real):
     assert model.config._attn_implementation == before
 
 
-def test_the_benchmark_compares_equal_work(tmp_path):
-    args = rollout.Args(
-        output=str(tmp_path / "b"), loads=["short"], slots=[16], turns=[1], waves=1.0, repeats=1, hidden=32, layers=1,
-        heads=2, kv_heads=1, threads=1,
-    )  # fmt: skip
-    threads = torch.get_num_threads()
-    hf, fast = rollout.main(args)
-    torch.set_num_threads(threads)
-    assert hf["sampled"] == fast["sampled"] and hf["read"] == hf["contexts"] > fast["read"]
-    assert fast["counts"]["sampled"] == fast["sampled"] and fast["counts"]["copied"] == 14 * 29
-    assert "| short |" in (tmp_path / "b.md").read_text().replace("short  ", "short ")
-
-
-def test_the_benchmark_refuses_unknown_names(tmp_path):
-    with pytest.raises(ValueError, match="--engines vllm: not one of hf, fast"):
-        rollout.Args(output="x", engines=["vllm"])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_world_trajectories_equal_those_of_generate_up_to_ties(tmp_path, temperature):

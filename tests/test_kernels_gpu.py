@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 
-from bench.gemm_stats import TILE, run_head_fused
 from bench.kernels import correctness
 from kernels import linear_logprob_entropy, linear_policy_loss, logprob_entropy
-from kernels.linear_logprob_entropy import linear_logprob_entropy_reference, run_head
+from kernels.linear_logprob_entropy import linear_logprob_entropy_reference
 from kernels.logprob_entropy import BLOCK, logprob_entropy_reference
 from kernels.policy_loss import linear_policy_loss_reference
 
@@ -83,21 +82,8 @@ def test_inplace_backward_and_permutation():
 
 
 def test_errors_against_float64_and_past_int32():
-    tile = (TILE["COLUMNS"], TILE["DEPTH"], TILE["num_stages"])
-    checks = correctness(torch.device("cuda"), [tile])
-    assert len(checks) == 9 and [check for check in checks if not check["ok"]] == []
-
-
-@pytest.mark.parametrize("N,V", [(1, 151936), (127, 1003), (1000, 151665), (300, 256)])
-def test_triton_gemm_agrees_with_the_loop(N, V):
-    hidden, weight = random(N, 256, dtype=torch.bfloat16), random(V, 256, dtype=torch.bfloat16, scale=0.3, seed=1)
-    targets, g = random_targets(N, V), random(2, N, seed=2)
-    exact = linear_logprob_entropy_reference(hidden.double(), weight.double(), targets, 0.9)
-    logp, entropy, gradient = run_head_fused(hidden, weight, targets, 0.9, lambda rows, *_: (g[0][rows], g[1][rows]))
-    torch.testing.assert_close([logp.double(), entropy.double()], list(exact), rtol=0, atol=1e-4)
-    _, _, expected = run_head(hidden, weight, targets, 0.9, lambda rows, *_: (g[0][rows], g[1][rows]), True)
-    assert (gradient.float() - expected.float()).norm() <= 1e-2 * expected.float().norm()
-    assert torch.equal(run_head_fused(hidden, weight, targets, 0.9, None)[0], logp)  # the same chunks: N is small
+    checks = correctness(torch.device("cuda"))
+    assert len(checks) == 5 and [check for check in checks if not check["ok"]] == []
 
 
 @pytest.mark.parametrize("hidden_dtype,head_dtype", [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float64,) * 2])

@@ -3,6 +3,8 @@
 python -m pytest tests/test_plan.py
 """
 
+import json
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -12,21 +14,28 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, Qwen2Config, Qwen3Config
 
 import flywheel
 import kernels
+import rollout
 import train_rl
 import train_sft
 from bench import memory, plan
-from core.args import cli
 from core.model import Batch, adamw, enable_checkpointing, head_weight, hidden_of_targets
 from core.trajectory import DataError
 from engines.slot_cache import SlotCache
+from methods import curriculum, warmup
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "data" / "tiny")
 MIXED = ["q_proj", "up_proj"]  # a choice of target modules
+CPU = torch.device("cpu")
+
+
+def setup(dtype="float32", targets=("all-linear",), r=16, **more):
+    """A run that trains."""
+    return memory.Setup(CPU, dtype, False, r, list(targets), False, **{"optimizer": "adamw"} | more)
 
 
 def lora(lm, targets=("all-linear",), r=16):
@@ -77,11 +86,11 @@ def test_parameters_are_counted_exactly():
         trained = sum(
             p.numel() for p in lora(AutoModelForCausalLM.from_pretrained(TINY), targets).parameters() if p.requires_grad
         )
-        assert sum(memory.adapter_tensors(d, 16, targets)) == trained
+        assert sum(memory.adapter_tensors(d, setup(targets=targets))) == trained
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(memory.read_config("Qwen/Qwen2.5-7B-Instruct"), dtype=torch.bfloat16)
     tensors = [p for p in lora(lm).parameters() if p.requires_grad]
-    assert sorted(memory.adapter_tensors(large, 16, ["all-linear"])) == sorted(p.numel() for p in tensors)
+    assert sorted(memory.adapter_tensors(large, setup())) == sorted(p.numel() for p in tensors)
     assert {p.dtype for p in tensors} == {torch.float32}  # also beside a bfloat16 base
 
 
@@ -109,7 +118,7 @@ def test_optimizer_states_are_counted_exactly(name):
     if name == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(n)) for n in (100, 4095, 4096, 70_001)])
-    optimizer = adamw(model, name, 1e-3, 0.0)
+    optimizer = adamw(model, name, 1e-3)
     sum(p.square().sum() for p in model).backward()
     optimizer.step()
     states = {t.data_ptr(): t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)}
@@ -187,7 +196,8 @@ def test_saved_tensors_are_what_the_formula_says(kind, dtype, targets, rows, che
         loss_of(model, random_batch(rows, 80))
     measured = sum(t.untyped_storage().nbytes() for t in saved.values())
     name = str(dtype).removeprefix("torch.")
-    assert memory.saved_bytes(d, rows, 80, name, targets, 8, checkpointing) == pytest.approx(measured, rel=0.03)
+    how = setup(name, targets, 8, checkpointing=checkpointing)
+    assert memory.saved_bytes(d, how, rows, 80) == pytest.approx(measured, rel=0.03)
 
 
 class Live(TorchDispatchMode):
@@ -221,8 +231,7 @@ def test_peak_of_a_training_step(dtype, checkpointing):
     batch = random_batch(4, 128)
     with Live() as live:
         loss_of(model, batch).backward()
-    args = sft(load_in_4bit=False, dtype=dtype, gradient_checkpointing=checkpointing, lora_r=8, beta=0.0)
-    parts = memory.training(d, args, torch.device("cpu"), 4, 128)
+    parts = memory.training(d, setup(dtype, r=8, checkpointing=checkpointing), 4, 128)
     for static in ("weights", "adapter", "optimizer"):
         del parts[static]
     assert plan.total(parts) == pytest.approx(live.peak, rel=0.1)
@@ -242,57 +251,98 @@ def test_peak_of_a_pass_without_gradients(dtype, with_adapter):
 # ---------------------------------------------------------------------------------------------------- plans
 
 
-def sft(**flags):
-    """Arguments with any fields: the plan reads them by name."""
-    args = train_sft.Args(model_name_or_path=TINY, data="x", output_dir="x")
-    vars(args).update(flags)
-    return args
-
-
-SEVEN = dict(model_name_or_path="Qwen/Qwen2.5-7B-Instruct", dtype="bfloat16", dry_run=True, output_dir="unused")
+SEVEN = dict(model_name_or_path="Qwen/Qwen2.5-7B-Instruct", dtype="bfloat16", output_dir="unused")
 EIGHT_K = dict(load_in_4bit=True, lora_r=16, max_tokens_per_micro_batch=8192, gradient_checkpointing=True)
+CUDA = torch.device("cuda")
 
 
 def test_the_plan_of_7b_in_4_bit(tmp_path, capsys):
-    flags = SEVEN | EIGHT_K | dict(data=str(tmp_path / "q.jsonl"), max_completion_length=4096, dry_run_gb=24)
-    result = train_rl.main(train_rl.Args(**flags, engine="fast", rollout_batch_size=16))
+    flags = SEVEN | EIGHT_K | dict(data=str(tmp_path / "q.jsonl"), max_completion_length=4096)
+    peak = plan.dry_run("train_rl", train_rl.Args(**flags, engine="fast", rollout_batch_size=16), 24)
     out = capsys.readouterr().out
-    assert result["fits"] == {16: True, 24: True, 80: True} and 11 * plan.GiB < result["peak"] < 15.2 * plan.GiB
+    assert 11 * plan.GiB < peak < 15.2 * plan.GiB
     for text in ("not checked", "steps", "KV cache", "optimizer", "activations", "16 GB", "tokens per step, at most"):
         assert text in out, text
     assert "16 GB | tight" in out and "24 GB | fits" in out  # by a fifth
-    assert not (tmp_path / "unused").exists()
-    need = plan.need_of(train_rl.Args(**flags, engine="fast"), torch.device("cuda"), 2048, 96)
-    parts = need.training(8192)
+    assert "estimated by the formulas" not in out
+    d = memory.decoder_of(memory.read_config("Qwen2.5-7B"))
+
+    def phases(**more):
+        made = plan.plan_rl(train_rl.Args(**flags | more), CUDA)
+        assert (made.tokens, made.longest, made.setup.prompt) == (8192, 2048 + 4096, 2048)
+        return plan.phases_of(made, d)
+
+    of_tokens, _ = phases(engine="fast")
+    parts = of_tokens(8192)
     assert parts["weights"] == pytest.approx(5.17 * plan.GiB, rel=0.01)
     assert parts["adapter"] == parts["gradients"] == 4 * 40_370_176 and parts["optimizer"] // parts["adapter"] == 2
-    merged = plan.need_of(train_rl.Args(**flags, rollout_dtype="bfloat16"), torch.device("cuda"), 2048, 96)
-    assert merged.rollout(8)["merged copy"] == merged.training(8192)["merged copy"] == 2 * 7_615_616_512
-    large = plan.need_of(train_rl.Args(**flags | dict(gradient_checkpointing=False)), torch.device("cuda"), 2048, 96)
-    assert plan.total(large.training(8192)) > 70 * plan.GiB  # what checkpointing saves
+    assert "reference adapter" not in parts and "merged copy" not in parts
+    for more in (dict(beta=0.01), dict(reward="entropy_sparse", indicator="reference")):
+        assert phases(**more)[0](8192)["reference adapter"] == parts["adapter"]
+    of_tokens, of_rows = phases(rollout_dtype="bfloat16")
+    assert of_rows(8)["merged copy"] == of_tokens(8192)["merged copy"] == 2 * 7_615_616_512
+    assert plan.total(phases(gradient_checkpointing=False)[0](8192)) > 70 * plan.GiB  # what checkpointing saves
+
+
+def test_a_merged_copy_samples_in_its_own_precision_and_without_the_adapter():
+    d = memory.decoder_of(memory.read_config(TINY))
+    sampling = dict(engine="hf", prompt=100, completion=400)
+    copied = memory.rollout(d, setup("float32", sampling_copy="bfloat16", **sampling), 8)
+    alone = memory.rollout(d, setup("bfloat16", optimizer="", **sampling), 8)
+    assert copied["KV cache"] == alone["KV cache"] == memory.cache_bytes(d, 8, 500, "bfloat16")
+    assert "adapter" in copied and "adapter" not in alone
+    assert copied["forward pass"] == alone["forward pass"]
+
+
+def test_micro_batches_are_no_larger_than_an_update():
+    flags = dict(model_name_or_path=TINY, data="-", output_dir="-", max_prompt_length=50, max_completion_length=50)
+    flags |= dict(questions_per_step=4, num_generations=2, updates_per_batch=2)
+    tokens = lambda **more: plan.plan_rl(train_rl.Args(**flags | more), CPU).tokens  # noqa: E731
+    assert tokens() == tokens(max_tokens_per_micro_batch=8192) == 4 * 100
+    assert tokens(per_device_train_batch_size=3) == 300 and tokens(max_tokens_per_micro_batch=250) == 250
 
 
 def test_what_does_not_fit_is_refused_with_flags(monkeypatch, tmp_path, capsys):
-    flags = SEVEN | dict(data=str(tmp_path / "q.jsonl"), max_length=8192, dry_run_gb=24)
+    flags = SEVEN | dict(data=str(tmp_path / "q.jsonl"), max_length=8192)
     with pytest.raises(
         DataError, match="24 GB has 22.8.*--gradient_checkpointing.*--optimizer adamw_8bit.*--load_in_4bit"
     ):
-        train_sft.main(train_sft.Args(**flags))
+        plan.dry_run("train_sft", train_sft.Args(**flags), 24)
     flags |= EIGHT_K | dict(optimizer="adamw_8bit")
-    assert train_sft.main(train_sft.Args(**flags))["fits"] == {16: True, 24: True, 80: True}
+    assert plan.dry_run("train_sft", train_sft.Args(**flags), 24) < 15.2 * plan.GiB
     monkeypatch.setattr(plan, "capacity", lambda gb: (10 * plan.GiB, "here"))
     with pytest.raises(DataError, match="flags that help: a shorter --max_length"):
-        train_sft.main(train_sft.Args(**flags))
+        plan.dry_run("train_sft", train_sft.Args(**flags), 24)
     with pytest.raises(DataError, match="--engine fast, --rollout_batch_size"):
-        flywheel.main(flywheel.Args(**SEVEN, load_in_4bit=True, data="q.jsonl"))
+        plan.dry_run("flywheel", flywheel.Args(**SEVEN, load_in_4bit=True, data="q.jsonl"), 24)
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_every_script_with_a_model_is_planned(tmp_path, capsys):
+    model = dict(model_name_or_path=TINY, data="q.jsonl")
+    both = model | dict(num_generations=4, rollout_batch_size=16)
+    for name, cls, flags in (
+        ("rollout", rollout.Args, both | dict(output="o")),
+        ("flywheel", flywheel.Args, both | dict(output_dir="o")),
+        ("methods.warmup", warmup.Args, both | dict(output="o")),
+        ("methods.curriculum", curriculum.Args, both | dict(output_dir="o", num_questions=20, questions_per_step=2)),
+    ):
+        assert 0 < plan.dry_run(name, cls(**flags)) < 2 * plan.GiB, name
+        assert "rollout of 16" in capsys.readouterr().out  # a curriculum trains on 8, but selects by more
+    served = dict(output="o", engine="openai", base_url="http://localhost:1/v1")
+    assert plan.dry_run("rollout", rollout.Args(**model | served)) == 0
+    assert "needs no memory here" in capsys.readouterr().out
+    larger = warmup.Args(**both | dict(output="o", think_model_name_or_path="Qwen/Qwen2.5-0.5B"))
+    assert plan.dry_run("methods.warmup", larger) > 0.49e9 * 4
+    assert "Qwen2.5-0.5B, float32" in capsys.readouterr().out
+
+
 def test_the_most_that_fits_is_at_the_border():
-    assert [plan.most(lambda n: n <= border) for border in (0, 1, 5, 31)] == [0, 1, 5, 31]
-    for border in (1000, 12345):
-        assert 0.96 * border < plan.most(lambda n: n <= border) <= border
-    assert plan.most(lambda n: n <= 50, above=60) == 0
+    one_each = lambda n: {"a": n - 1, "b": 1}  # noqa: E731
+    assert [plan.most(one_each, size) for size in (0, 1, 5, 31)] == [0, 1, 5, 31]
+    for size in (1000, 12345):
+        assert 0.96 * size < plan.most(one_each, size) <= size
+    assert plan.most(one_each, 50, above=60) == 0 and plan.most(None, 50) is None
 
 
 def test_the_device_is_measured(monkeypatch):
@@ -307,48 +357,152 @@ def test_the_device_is_measured(monkeypatch):
     assert plan.capacity(16)[0] == pytest.approx(0.95 * 16 * plan.GiB)
 
 
-def test_a_dry_run_checks_the_data(tmp_path, monkeypatch, capsys):
+def test_a_dry_run_reads_the_questions(tmp_path, capsys):
     data = tmp_path / "q.jsonl"
-    data.write_text('{"id": "a", "question": "what ?", "answer": "x"}\n' * 1)
-    flags = dict(model_name_or_path=TINY, data=str(data), output_dir=str(tmp_path / "out"), dry_run=True)
-    with pytest.raises(DataError, match="holds 1 questions, fewer than --questions_per_step 12"):
-        train_rl.main(train_rl.Args(**flags))
-    train_rl.main(train_rl.Args(**flags, questions_per_step=1))
-    assert "questions read, prompts of up to" in capsys.readouterr().out
+    rows = [{"id": "a", "question": "what ?", "answer": ["x"]}, {"id": "b", "question": "two and " * 9, "answer": "2"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = dict(model_name_or_path=TINY, data=str(data), output_dir=str(tmp_path / "out"))
+    with pytest.raises(DataError, match="holds 2 questions, fewer than --questions_per_step 12"):
+        plan.dry_run("train_rl", train_rl.Args(**flags))
+    plan.dry_run("train_rl", train_rl.Args(**flags, questions_per_step=2, index=str(tmp_path / "i")))
+    out = capsys.readouterr().out
+    assert "2 (math 1, qa 1)" in out and "what ?" in out and "i is not here: not checked" in out
+    made = plan.plan_rl(train_rl.Args(**flags, questions_per_step=2), CPU)
+    assert 18 < made.setup.prompt < 100 and made.longest == made.setup.prompt + 512  # not the 2048 that may be
     with pytest.raises(DataError, match="--max_prompt_length 3"):
-        train_rl.main(train_rl.Args(**flags, questions_per_step=1, max_prompt_length=3))
+        plan.dry_run("train_rl", train_rl.Args(**flags, questions_per_step=1, max_prompt_length=3))
+    with pytest.raises(DataError, match="more than the model's 2048 positions"):
+        plan.dry_run("train_rl", train_rl.Args(**flags, questions_per_step=1, max_completion_length=2040))
     data.write_text('{"question": "what ?"}\n')
     with pytest.raises(DataError, match="q.jsonl:1"):
-        flywheel.main(flywheel.Args(**flags))
-    response = '[{"role": "model", "text": "<answer>x</answer>"}]'
-    data.write_text(f'{{"id": "a", "question": "what ?", "answer": "x", "response": {response}}}\n')
-    train_sft.main(train_sft.Args(**flags, per_device_train_batch_size=1))
-    out = capsys.readouterr().out
-    assert "1 examples of up to" in out and "steps                            3" in out
+        plan.dry_run("flywheel", flywheel.Args(**flags))
     assert not (tmp_path / "out").exists()
+
+
+def test_sft_is_planned_with_the_lengths_that_were_read(tmp_path, capsys):
+    data = tmp_path / "d.jsonl"
+    row = {"id": "a", "question": "what ?", "answer": "x"}
+    texts = ["<answer>x</answer>", "<think>so</think> <answer>x</answer>", "<answer>y</answer>"]
+    parts = [[{"role": "model", "text": text}] for text in texts]
+    data.write_text("".join(json.dumps(row | {"response": part}) + "\n" for part in parts))
+    flags = dict(model_name_or_path=TINY, data=str(data), output_dir=str(tmp_path / "out"))
+    args = train_sft.Args(**flags, per_device_train_batch_size=2)
+    plan.dry_run("train_sft", args)
+    out = capsys.readouterr().out
+    assert "3 (qa 3)" in out or "3 (math 3)" in out
+    assert "steps                            6" in out and "what ?" in out and "<answer>" not in out
+    made = plan.plan_sft(args, CPU)
+    assert 10 < made.longest < 60 and made.tokens == 2 * made.longest  # not 4096
+    limits = [0, 1, 10_000]  # a single example may be longer than the limit; a step has two examples
+    runs = [train_sft.Args(**vars(args) | dict(max_tokens_per_micro_batch=n)) for n in limits]
+    assert [plan.plan_sft(run, CPU).tokens for run in runs] == [2 * made.longest, made.longest, 2 * made.longest]
+    assert plan.plan_sft(train_sft.Args(**flags | dict(data="none.jsonl")), CPU).longest == 4096
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_folder_has_its_own_rank_and_targets(tmp_path):
+    made = {"base_model_name_or_path": TINY, "r": 4, "target_modules": MIXED}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(made))
+    how = plan.base_of(rollout.Args(model_name_or_path=str(tmp_path), data="-", output="-"), CPU)
+    assert (how.lora_r, how.targets, how.has_adapter) == (4, MIXED, True)
+    d = memory.decoder_of(memory.read_config(str(tmp_path)))
+    model = lora(AutoModelForCausalLM.from_pretrained(TINY), MIXED, r=4)
+    assert memory.held(d, how)["adapter"] == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert [name for name, *_ in memory.adapted(d, r".*\.0\..*(q_proj|up_proj)")] == [
+        "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="--lora_target_modules .'wte'.: the model .qwen3. has no such Linear"):
+        memory.adapted(d, ["wte"])
 
 
 def test_unknown_models_are_named(tmp_path):
     with pytest.raises(DataError, match="out/none: no config.json there, and none of Qwen2.5-0.5B"):
         memory.read_config("out/none")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(DataError, match="'gpt2'"):
+    with pytest.raises(DataError, match="'gpt2': its config has no intermediate_size"):
+        memory.decoder_of(memory.read_config(str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "gemma2", "num_hidden_layers": 1}')
+    with pytest.raises(DataError, match="'gemma2': config.final_logit_softcapping = 30.0"):  # the run would refuse it
         memory.decoder_of(memory.read_config(str(tmp_path)))
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
     assert memory.read_config(str(tmp_path)).hidden_size == 4096
 
 
+def test_another_architecture_is_counted_and_its_activations_are_said_to_be_estimated(tmp_path, monkeypatch, capsys):
+    sizes = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, vocab_size=500)
+    config = GPTNeoXConfig(**sizes, tie_word_embeddings=False)
+    config.save_pretrained(tmp_path)
+    d = memory.decoder_of(config)
+    lm = AutoModelForCausalLM.from_config(config)
+    assert d.parameters == sum(p.numel() for p in lm.parameters()) and len(d.linears) == 3 * 4
+    assert (d.kv_heads, d.head_dim) == (4, 16)
+    trained = sum(p.numel() for p in lora(lm).parameters() if p.requires_grad)
+    assert sum(memory.adapter_tensors(d, setup())) == trained
+    one, four = (memory.layer_bytes(d, setup(dtype), 1, 100) for dtype in ("bfloat16", "float32"))
+    assert 0 < one < four
+    flags = dict(model_name_or_path=str(tmp_path), data="q.jsonl", output_dir="x")
+    monkeypatch.setattr(plan, "local_tokenizer", lambda path: None)
+    plan.dry_run("train_sft", train_sft.Args(**flags))
+    assert "estimated by the formulas for Llama-like layers: model_type 'gpt_neox'" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def run_main(*words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench/plan.py", *words])
+    plan.main(list(words))
+
+
 def test_the_flag_ends_in_exit_code_2(monkeypatch, capsys):
-    words = (
-        "--model_name_or_path Qwen/Qwen2.5-14B --dtype bfloat16 --data q.jsonl --output_dir x --dry_run --dry_run_gb 16"
-    )
-    monkeypatch.setattr(sys, "argv", ["train_sft.py", *words.split()])
+    words = "train_sft.py --model_name_or_path Qwen/Qwen2.5-14B --data q.jsonl --output_dir x --dry_run 16"
     with pytest.raises(SystemExit) as end:
-        cli(train_sft.main, train_sft.Args)
-    assert end.value.code == 2 and "flags that help" in capsys.readouterr().err
+        run_main(*words.split(), monkeypatch=monkeypatch)
+    out = capsys.readouterr()
+    assert end.value.code == 2 and out.err.startswith("train_sft.py: error: ") and "flags that help" in out.err
+    assert "Qwen/Qwen2.5-14B, bfloat16" in out.out  # auto, as on a GPU
 
 
-def test_a_plan_for_a_gpu_takes_the_precision_of_a_gpu(tmp_path):
-    flags = dict(model_name_or_path="Qwen/Qwen2.5-7B", data="q.jsonl", output_dir=str(tmp_path))
-    assert train_rl.Args(**flags, dry_run_gb=24).dtype == "bfloat16"
-    assert train_rl.Args(**flags, dry_run_gb=24, dtype="float32").dtype == "float32"
+@pytest.mark.parametrize("words, dtype", [
+    ("--dry_run", "float32"), ("--dry_run 80", "bfloat16"), ("--dtype auto --dry_run 80", "bfloat16"),
+    ("--dry_run 80 --dtype float32", "float32"), ("", "float32"),
+])  # fmt: skip
+def test_a_plan_for_a_gpu_takes_the_precision_of_a_gpu(words, dtype, monkeypatch, capsys):
+    flags = f"--model_name_or_path {TINY} --data q.jsonl --output_dir x {words}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run_main(str(ROOT / "train_rl.py"), *flags.split(), monkeypatch=monkeypatch)
+    out = capsys.readouterr().out
+    assert f"{TINY}, {dtype}\n" in out
+    assert ("a GPU of 80 GB" if "80" in words else "this machine's RAM") in out
+
+
+@pytest.mark.parametrize("words, message", [
+    ("train_rl.py --sigma_tol 1 --dry_run", "unknown flag --sigma_tol (did you mean --sigma_tool?)"),
+    ("train_sft.py --data x --output_dir o --model_name_or_path out/none --dry_run 24", "no config.json there"),
+    ("train_sft.py --data x --output_dir o --model_name_or_path out/none --dry_run 24 7", "'7'"),
+    ("train_sft.py --data x --output_dir o --model_name_or_path m --dry_run 0", "'0'"),
+    ("train_xy.py --dry_run", "train_xy has no plan; these have one: train_rl"),
+    ("/usr/train_rl.py --dry_run", "/usr/train_rl has no plan"),
+    ("-m eval.evaluate", "-m has no plan"),
+])  # fmt: skip
+def test_a_wrong_command_ends_in_exit_code_2(words, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        run_main(*words.split(), monkeypatch=monkeypatch)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_scripts_without_a_model_say_so(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    run_main(*"eval/evaluate.py --trajectories t.jsonl --output o --dry_run 24".split(), monkeypatch=monkeypatch)
+    assert capsys.readouterr().out == "eval.evaluate: the flags are fine; it loads no model\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [["train_rl.py"], ["-m", "methods.curriculum"]])
+def test_a_user_asks_the_script_itself(script):
+    flags = "--model_name_or_path Qwen/Qwen2.5-7B --data q.jsonl --output_dir x --selector all --dry_run 80".split()
+    flags = [f for f in flags if script[0] == "-m" or f not in ("--selector", "all")]
+    command = [sys.executable, *script, *flags, "--load_in_4bit", "--per_device_train_batch_size", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Qwen/Qwen2.5-7B, bfloat16, Linears in 4-bit NF4" in done.stdout, done.stderr
