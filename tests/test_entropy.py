@@ -69,7 +69,7 @@ def test_changes_and_indicators_by_hand():
     assert entropy_changes([2.0, 1.0, 1.0]) == [-1.0, 0.0]
     assert reducing([2.0, 1.0, 1.0]) == [True, False]
     assert reducing([2.0, 1.0], 1.0) == [False] and reducing([2.0, 1.0], 0.99) == [True]
-    assert reducing([2.0, 1.0], 0.6) == [True] and reducing([2.0, 1.0], 0.6, "ratio") == [False]
+    assert reducing([2.0, 1.0], 0.6) == [True]
     assert reducing([2.0, nan, 1.0]) == [False, False] and reducing([2.0]) == []
     with pytest.raises(ValueError, match="n \\+ 1"):
         reducing([])

@@ -155,7 +155,10 @@ def test_inplace_backward_reuses_the_logits_and_forbids_a_second_one():
 
 @interpreted
 def test_confident_rows_keep_their_digits():
-    """H ≈ 5e-4 to 1 % and logp ≈ −3e-5 to 10 % in fp32, which lse − Σ p·z and z_y − lse lose."""
+    """H ≈ 5e-4 to 1 % and logp ≈ −3e-5 to 3 % in fp32, which lse − Σ p·z and z_y − lse lose.
+
+    The reference sums as torch does: the lane that holds the 1 loses its share of the rest, an eighth under AVX2.
+    """
     V = 1000
     logits = torch.randn(6, V, generator=torch.Generator().manual_seed(0)) * 0.5 + 20.0
     logits[:, 7] = 20.0 + torch.linspace(17.2, 18.0, 6)
@@ -163,13 +166,13 @@ def test_confident_rows_keep_their_digits():
     exact_logp, exact_entropy = brute_force(logits, targets, 1.0)
     assert 1e-4 < exact_entropy.min() < exact_entropy.max() < 2e-3 and exact_logp.max() > -4e-5
     scratch = torch.empty_like(logits)
-    for logp, entropy, *_ in (
-        stats_triton(logits, targets, 1.0, 256),
-        stats_torch(logits.clone(), targets, 1.0, scratch),
-        logprob_entropy_reference(logits, targets),
+    for tolerance, (logp, entropy, *_) in (
+        (0.03, stats_triton(logits, targets, 1.0, 256)),
+        (0.03, stats_torch(logits.clone(), targets, 1.0, scratch)),
+        (0.15, logprob_entropy_reference(logits, targets)),
     ):
         assert ((entropy.double() - exact_entropy).abs() <= 0.01 * exact_entropy).all()
-        assert ((logp.double() - exact_logp).abs() <= 0.1 * exact_logp.abs()).all()
+        assert ((logp.double() - exact_logp).abs() <= tolerance * exact_logp.abs()).all()
 
 
 @interpreted
