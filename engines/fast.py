@@ -280,7 +280,7 @@ def complete(
     toolbox: ToolBox,
     more: Callable[[], list[Draft]] = list,
 ) -> Counter:
-    """Sample every draft to its end, as rollout.complete does; returns token counts.
+    """Sample every draft to its end, as engines/hf.py does; returns token counts.
 
     Counts: prefilled, copied (cache rows instead of a prefill), fed (in step with sampling), sampled, steps.
     """

@@ -68,7 +68,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_importlib_is_for_scripts_by_name_only():
-    allowed = {"bench/plan.py", "experiments/cells.py", "experiments/claim_cells.py"}
+    allowed = {"bench/plan.py", "experiments/cells.py"}
     assert {path for path in code() if "importlib.import_module" in (ROOT / path).read_text()} <= allowed
 
 

@@ -1,4 +1,4 @@
-"""tools/sandbox.py for honest code: what a call shows, errors, determinism, many threads, load.
+"""tools/sandbox/__init__.py for honest code: what a call shows, errors, determinism, many threads, load.
 
 python -m pytest tests/test_sandbox.py            (-m slow -s: the load tests of results/sandbox.md, minutes)
 """

@@ -1,4 +1,4 @@
-"""Attacks on tools/sandbox.py on every isolation level; the outcomes are the table of results/sandbox.md.
+"""Attacks on tools/sandbox/__init__.py on every isolation level; the outcomes are the table of results/sandbox.md.
 
     python -m pytest tests/test_sandbox_attacks.py
 

@@ -1,6 +1,6 @@
 """What the trainer works out for a sandbox worker: its command line, environment, files, user and process limit.
 
-Used by tools/sandbox.py. bubblewrap's jail is described here; the one of level "namespaces" is in tools/sandbox/jail.py.
+Used by tools/sandbox/__init__.py. bubblewrap's jail is described here; the one of level "namespaces" is in tools/sandbox/jail.py.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """One warm worker of the Python sandbox: import once, then fork for every call, and let each call run in a jail.
 
-A program of its own, started by tools/sandbox.py; the control socket is its standard input. Life of a call: fork → own
+A program of its own, started by tools/sandbox/__init__.py; the control socket is its standard input. Life of a call: fork → own
 session, namespaces, empty temporary folder, limits, no privileges → run → one status record → everything the call
 started is killed. The worker itself never runs model code, and ends when its socket does.
 """
@@ -322,7 +322,7 @@ def send(control: socket.socket, message: dict) -> None:
 
 
 def main() -> None:
-    """argv[1]: the configuration as JSON, see tools/sandbox.py."""
+    """argv[1]: the configuration as JSON, see tools/sandbox/__init__.py."""
     config = json.loads(sys.argv[1])
     control = socket.socket(fileno=os.dup(0))
     set_up(config)
