@@ -68,7 +68,11 @@ class Args(RolloutArgs, ModelArgs, RunArgs):
     critic_max_tokens: int = arg(1024, "critic model: longest answer in tokens")
     critic_batch_size: int = arg(32, "trajectories that the critic reads at once")
     # --- output
-    rft_per_question: int = arg(4, "rft.jsonl: most trajectories of one question")
+    rft_select: Literal["all", "fewest_calls"] = arg(
+        "all",
+        "rft.jsonl: all right, well-formed trajectories without a failed call (ET-Agent), or those that call least",
+    )
+    rft_per_question: int = arg(0, "rft.jsonl: most trajectories of one question, 0 = no limit (not for fewest_calls)")
 
     def __post_init__(self):
         RunArgs.__post_init__(self)
@@ -76,9 +80,11 @@ class Args(RolloutArgs, ModelArgs, RunArgs):
         RolloutArgs.__post_init__(self)
         if not self.data:
             raise ValueError("--data is required")
-        require_positive(self, "max_per_question", "critic_max_tokens", "critic_batch_size", "rft_per_question")
+        require_positive(self, "max_per_question", "critic_max_tokens", "critic_batch_size")
         if self.rounds < 0 or self.extra_calls < 0:
             raise ValueError(f"--rounds {self.rounds} and --extra_calls {self.extra_calls} must not be negative")
+        if self.rft_select == "fewest_calls" and not self.rft_per_question:
+            raise ValueError("--rft_select fewest_calls needs an --rft_per_question above 0")
         if unknown := [name for name in self.operators if name not in OPERATORS]:
             raise ValueError(f"--operators {unknown[0]!r} is not one of {tuple(OPERATORS)}")
         if self.mode != "auto":
@@ -107,7 +113,7 @@ def main(args: Args) -> dict:
     check_prompts(questions, tokenizer, args, model)
     with open_tools(args) as toolbox:
         log = evolve(run.dir, questions, model, tokenizer, args, toolbox)
-    kept = (t for group in pool_groups(run.dir, log) for t in rft_set(group, args.rft_per_question))
+    kept = (t for group in pool_groups(run.dir, log) for t in rft_set(group, args.rft_select, args.rft_per_question))
     rft = save_trajectories(run.dir / "rft.jsonl", kept)
     result = {"questions": len(questions), **totals(log), "rft": rft}
     run.finish(result)
@@ -150,7 +156,7 @@ def evolve(
             else:
                 drafts = edits(members, pool, records, record, model, tokenizer, args)
                 finish_edits([d for d, _, _ in drafts], model, tokenizer, args, toolbox)
-            added = accept(drafts, pool, record, tokenizer)
+            added = accept(drafts, pool, record, tokenizer, args)
             append_round(directory, record, added)
             records.append(record)
             log.append(record)
@@ -248,7 +254,7 @@ def finish_edits(
 
 
 def accept(
-    drafts: list[Edit], pool: dict[str, list[Trajectory]], record: dict, tokenizer: PreTrainedTokenizerBase
+    drafts: list[Edit], pool: dict[str, list[Trajectory]], record: dict, tokenizer: PreTrainedTokenizerBase, args: Args
 ) -> list[Trajectory]:
     """Grade finished drafts and add those with new token ids to the pool; returns them."""
     added = []
@@ -259,7 +265,7 @@ def accept(
         if any(t.token_ids == other.token_ids for other in group):
             _count(record, operator, "duplicate")
             continue
-        correctness, formed = grade(t)
+        correctness, formed = grade(t, args.format)
         t.rewards = {"correct": correctness, "format": 0.0 if formed else -1.0}
         for call in t.tool_calls:
             call.seconds = 0.0  # wall-clock: the same command has to give the same pool
@@ -329,10 +335,15 @@ def pool_groups(directory: Path, log: list[dict]) -> Iterator[list[Trajectory]]:
         yield from groups.values()
 
 
-def rft_set(group: list[Trajectory], most: int) -> list[Trajectory]:
-    """Of one question: correct, well-formed, no failed call; fewest calls first, then fewest tokens [PAPERS A2]."""
+def rft_set(group: list[Trajectory], select: str = "all", most: int = 0) -> list[Trajectory]:
+    """Of one question's pool: correct, well-formed, no failed call [2601.06860, sec. 4.2.1; PAPERS A2].
+
+    select: all, in the order of the pool; fewest_calls, then fewest tokens, first. most: the first so many, 0 = all.
+    """
     good = [t for t in group if _correct(t) and t.rewards["format"] == 0 and not t.failed_calls]
-    return sorted(good, key=lambda t: (t.n_calls, t.completion_tokens, t.sample_idx))[:most]
+    if select == "fewest_calls":
+        good.sort(key=lambda t: (t.n_calls, t.completion_tokens, t.sample_idx))
+    return good[: most or None]
 
 
 # ---------------------------------------------------------------------------------------------------- report

@@ -148,7 +148,7 @@ def main(args: Args) -> list[Trajectory]:
     """Sample a trajectory file, and evaluate it if asked; returns the trajectories."""
     trajectories = sample(args)
     if args.evaluate:
-        write_metrics(trajectories, Path(args.output + ".metrics.json"))
+        write_metrics(trajectories, Path(args.output + ".metrics.json"), format=args.format)
     return trajectories
 
 

@@ -118,6 +118,7 @@ class Args(SamplingArgs, ModelArgs, RunArgs):
     loss_type: LossType = arg("grpo", "how token weights are normalised")
     epsilon: float = arg(0.2, "clip: ratio >= 1 - epsilon")
     epsilon_high: float | None = arg(None, "clip: ratio <= 1 + epsilon_high; default = epsilon")
+    dual_clip: float = arg(0.0, "ratio from which a bad token's loss grows no more (ET-Agent's code: 3); 0 = off")
     beta: float = arg(0.0, "weight of the k3 KL to the adapter the run starts from")
     entropy_regulariser: Literal[tuple(ENTROPY_REGULARISERS)] = arg(
         "none", "weight of each trajectory's mean token entropy in the loss"
@@ -162,6 +163,8 @@ class Args(SamplingArgs, ModelArgs, RunArgs):
         if self.epsilon > 1:
             raise ValueError(f"--epsilon must be from 0 to 1, not {self.epsilon}")
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.dual_clip and self.dual_clip <= 1 + self.epsilon_high:
+            raise ValueError(f"--dual_clip {self.dual_clip} must be 0 or above 1 + --epsilon_high {self.epsilon_high}")
         self.check_method()
         if self.questions_per_step % (self.updates_per_batch * distributed.count()):
             raise ValueError(
@@ -262,7 +265,7 @@ def train(args: Args) -> dict:
             # number per token, 0 on prompts and tool results, so that they never train; a group whose rewards are all
             # equal gets 0 everywhere: it has nothing to teach.
             for group in groups_of(trajectories):
-                correctness, formed = zip(*(grade(t) for t in group))
+                correctness, formed = zip(*(grade(t, args.format) for t in group))
                 rewards = REWARDS[args.reward](group, list(correctness), list(formed), now)
                 for t, terms, values in zip(group, rewards, ADVANTAGES[args.advantage](group, rewards, args)):
                     t.rewards, t.advantage = terms, values
@@ -442,6 +445,7 @@ def policy_loss(model: torch.nn.Module, mb: MicroBatch, row_terms: list, args: A
         clip_low=args.epsilon,
         clip_high=args.epsilon_high,
         kl_coef=args.beta,
+        dual_clip=args.dual_clip,
         entropy_coef=bonus[mask],
         temperature=args.temperature,
         check=args.check,

@@ -45,13 +45,13 @@ TOOL_SCHEMAS = [  # declared to hermes models for questions that bring no functi
 # ---------------------------------------------------------------------------------------------------- prompts
 
 
-def render_prompt(question: Question, tokenizer: PreTrainedTokenizerBase, dialect: str) -> str:
-    """The chat prompt that rollout, SFT and evaluation share.
+def render_prompt(question: Question, tokenizer: PreTrainedTokenizerBase, dialect: str, boxed: bool = False) -> str:
+    """The chat prompt that rollout, SFT and evaluation share; boxed: ask for \\boxed whatever the task.
 
     A row's own system message replaces ours in the hermes dialect, whose template explains the calls; elsewhere ours
     follows it, unless it names the <answer> tag itself.
     """
-    ours = SYSTEM_PROMPTS[dialect] + (BOXED if question.task == "math" else "")
+    ours = SYSTEM_PROMPTS[dialect] + (BOXED if boxed or question.task == "math" else "")
     system = question.system or ours
     if question.system and dialect == "tags" and "<answer>" not in question.system:
         system = f"{question.system}\n\n{ours}"
@@ -161,7 +161,7 @@ def to_trajectory(draft: Draft, tokenizer: PreTrainedTokenizerBase) -> Trajector
 
 
 def mode_of(response: str) -> str:
-    """no_think if the response opens with an empty think block or with none at all."""
+    """no_think if the response opens with an empty think block or with none at all (PAPERS, Deviations)."""
     opening = re.match(r"\s*<think>(\s*)", response)
     return "think" if opening and not response.startswith("</think>", opening.end()) else "no_think"
 

@@ -77,9 +77,15 @@ def spans_of(text: str, dialect: Dialect = "tags") -> list[tuple[SpanKind, int, 
     return [(block.kind, block.start, block.end) for block in _blocks(text, dialect)]
 
 
-def well_formed(text: str, dialect: Dialect = "tags", task: Task = "math", boxed: bool | None = None) -> bool:
-    """Whether the response keeps to the format, as the format reward of ET-Agent and AutoTool asks [PAPERS A4, B3]."""
-    return format_error(text, dialect, task, boxed) is None
+def well_formed(
+    text: str, dialect: Dialect = "tags", task: Task = "math", boxed: bool | None = None, strict: bool = False
+) -> bool:
+    """Whether the response keeps to the format, as the format reward of ET-Agent and AutoTool asks [PAPERS A4, B3].
+
+    A response without any think block is well formed and counts as one without thinking (conversation.mode_of), unless
+    `strict`.
+    """
+    return format_error(text, dialect, task, boxed, strict=strict) is None
 
 
 def format_error(
@@ -88,12 +94,15 @@ def format_error(
     task: Task = "math",
     boxed: bool | None = None,
     tools: Collection[str] | None = None,
+    strict: bool = False,
 ) -> str | None:
     """The first reason why a response is malformed, None if it is well formed.
 
     tags:   (think? call result)* think? answer, every call readable, nothing nested, only white space between blocks.
     hermes: (think? calls results)* think? text; for task "function" calls may also stand last.
     boxed: exactly one \\boxed in the answer (hermes: in the closing text); None = where the task is math.
+    strict: as ET-Agent's code, which also wants a think block (it may be empty) at the start of the response, and boxed
+    for every task (here: but function, whose answer is a call).
     What a tool returned never matters: an error is well formed.
     """
     blocks = [b for b in _blocks(text, dialect) if b.kind != "text" or _visible(b.body)]
@@ -112,7 +121,9 @@ def format_error(
         wanted = r"(?:t?c+r+)*t?(?:c+|x)" if task == "function" else r"(?:t?c+r+)*t?x"
     if not re.fullmatch(wanted, shape):
         return _misplaced(blocks, dialect)
-    if task == "math" if boxed is None else boxed:
+    if strict and shape[0] != "t":
+        return "no <think> at the start"
+    if (task == "math" or strict and task != "function") if boxed is None else boxed:
         count = blocks[-1].body.count("\\boxed")
         if count != 1:
             return f"{count} \\boxed in the answer"

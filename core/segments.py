@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from core.trajectory import UNCLOSED, Trajectory
 
-Segment = Literal["reasoning", "with_call", "think"]
+Segment = Literal["reasoning", "reasoning_with_answer", "with_call", "think"]
 
 
 class Turn(NamedTuple):
@@ -54,10 +54,13 @@ def calls_by_turn(t: Trajectory) -> list[slice]:
 def segment_entropies(t: Trajectory, segment: Segment = "reasoning", entropy: list[float] | None = None) -> list[float]:
     """H(r_0) … H(r_n): mean token entropy of each segment, model-written tokens only; nan where it has none.
 
-    reasoning: up to the first call of the turn (the last one: to the end, its answer included) · with_call: the whole
-    turn · think: its think blocks before the call, tags included. entropy: (T,) nats, by default the stored ones.
-    A call that nothing follows (over the limit, or the answer of task function) is followed by nan.
-    ValueError if there are no entropies.
+    reasoning: up to the first call of the turn, in the last turn up to its answer, so that all segments hold the same
+    kind of text; a last turn that never came to an answer counts whole · reasoning_with_answer: the last segment runs
+    to the end of its turn, answer included, which alone lowers its mean (what `reasoning` meant in older runs) ·
+    with_call: the whole turn, call and answer included · think: its think blocks before the call, tags included.
+    The answer is the <answer> block; in hermes, which has none, what follows the last turn's thoughts.
+    entropy: (T,) nats, by default the stored ones. A call that nothing follows (over the limit, or the answer of task
+    function) is followed by nan. ValueError if there are no entropies.
     """
     entropy = t.entropy if entropy is None else entropy
     if entropy is None:
@@ -65,6 +68,8 @@ def segment_entropies(t: Trajectory, segment: Segment = "reasoning", entropy: li
     turns, means = turns_of(t), []
     for turn in turns:
         end = turn.end if turn.call is None or segment == "with_call" else turn.call
+        if segment == "reasoning" and turn.call is None:
+            end = _answer_start(t, turn)
         at = range(turn.start, end)
         if segment == "think":
             blocks = [s for s in t.spans if s.kind == "think" and turn.start <= s.start < end]
@@ -72,6 +77,14 @@ def segment_entropies(t: Trajectory, segment: Segment = "reasoning", entropy: li
         written = [entropy[i] for i in at if t.loss_mask[i]]
         means.append(fmean(written) if written else nan)
     return [*means, nan] if turns[-1].closed else means
+
+
+def _answer_start(t: Trajectory, turn: Turn) -> int:
+    """Token at which the answer of a turn without a call begins; the turn's end if it has none."""
+    mine = [s for s in t.spans if turn.start <= s.start < turn.end]
+    if t.dialect == "hermes":
+        return max((s.end for s in mine if s.kind == "think"), default=turn.start)
+    return min((s.start for s in mine if s.kind == "answer"), default=turn.end)
 
 
 def entropy_changes(entropies: list[float]) -> list[float]:

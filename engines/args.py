@@ -15,14 +15,18 @@ class SamplingArgs:
     repetition_penalty = 1.0
 
     num_generations: int = arg(8, "G, trajectories per question")
-    branching: Literal["none", "random", "arpo", "threshold"] = arg(
+    branching: Literal["none", "random", "arpo", "arpo_released", "threshold"] = arg(
         "none", "start fewer and branch after tool results (ARPO): by the rise of entropy, or with p = 0.5 (random)"
     )
     initial_rollouts: int = arg(0, "N0, rollouts that branching starts with; 0 = half of G (ARPO: 8 of 16)")
     max_prompt_length: int = arg(2048, "longest prompt, in tokens; a longer one is an error before any work")
     max_completion_length: int = arg(512, "response budget in tokens, tool results included")
+    max_turn_length: int = arg(0, "tokens the model may write between two tool results; 0 = no limit of its own")
     temperature: float = arg(1.0, "sampling temperature; 0 = greedy (not in RL)")
     mode: Literal["auto", "think", "no_think"] = arg("auto", "force a think block, force none, or let the model choose")
+    format: Literal["lenient", "strict"] = arg(
+        "lenient", "strict: a well-formed response opens with a think block and boxes every answer (ET-Agent's code)"
+    )
     dialect: Literal["tags", "hermes"] = arg("tags", "call format; questions of task function always use hermes")
     max_tool_calling_iterations: int = arg(6, "tool calls per trajectory; one more ends it")
     max_calls_per_tool: int = arg(6, "calls of one tool per trajectory; one more ends it")
@@ -42,6 +46,11 @@ class SamplingArgs:
         check_numbers(self)
         require_positive(self, "num_generations", "max_completion_length", "rollout_batch_size", "tool_workers")
         require_positive(self, "search_top_k", "search_max_chars")
+        if self.max_turn_length > self.max_completion_length:
+            raise ValueError(
+                f"--max_turn_length {self.max_turn_length} is more than --max_completion_length "
+                f"{self.max_completion_length} and would never act"
+            )
         if self.temperature == float("inf"):
             raise ValueError("--temperature must be finite, not inf")
         if not 0 <= self.noise <= 1:

@@ -4,6 +4,7 @@
 2. After each tool result: k = min(20, both lengths) tokens at the start of the new segment and of the trajectory's own
    first segment; ΔH = (Σ entropy of the new ones − Σ entropy of the first ones) / ln V. By ΔH (`branch_probability`)
    the trajectory gets at most one child, which copies everything up to the result and goes on under its own seed.
+   This is the paper's reading; `arpo_released` measures as the released code does (`compared`).
 3. When nothing of the tree is running, what is left of G is spent on rollouts from the prompt.
 
 Who gets the last places must not depend on who was sampled first: what happens after the t-th result is decided for
@@ -77,7 +78,7 @@ def note_segment(draft: Draft, entropies: list[float], branching: str) -> Draft 
     child = None
     if results and len(draft.ids) > draft.inherited:  # at its origin a child does not branch again
         uniform = seed_of(draft.seed, "branch", results) / 2**63
-        if uniform < branch_probability(branching, openings[0], entropies):
+        if uniform < branch_probability(branching, *compared(branching, draft, openings, entropies)):
             copies = {name: list(getattr(draft, name)) for name in ("ids", "mask", "logp", "segments", "calls")}
             child = replace(draft, parent=draft.sample_idx, inherited=len(draft.ids), **copies)
             tree.forks[results, draft.sample_idx] = child
@@ -85,15 +86,31 @@ def note_segment(draft: Draft, entropies: list[float], branching: str) -> Draft 
     return child
 
 
-def branch_probability(
-    branching: Literal["random", "arpo", "threshold"], first: list[float], new: list[float]
-) -> float:
-    """Probability that a trajectory branches, from the openings of its first and its new segment [PAPERS A5].
+def compared(
+    branching: str, draft: Draft, openings: list[list[float]], new: list[float]
+) -> tuple[list[float], list[float]]:
+    """The two openings whose entropies are compared after a result: (first, new) of `branch_probability`.
 
-    arpo: clip(0.5 + 0.2 ΔH, 0, 1), as in the released code. threshold: 1 where 0.5 + 0.2 ΔH > 0.5, else 0 (the
-    paper's rule; its threshold 0.5 is our reading). random: 0.5, whatever the entropy.
+    openings: of the draft's segments so far, the inherited ones included; new: of the segment after the result.
+    arpo_released takes the segment before the call, whose result has just come, in place of the new one, and for a
+    child its own first segment, the one after its origin; so at a trajectory's first call of its own ΔH is 0.
     """
-    k = min(OPENING, len(first), len(new))
+    if branching != "arpo_released":
+        return openings[0], new
+    return openings[sum(who == "tool" and end <= draft.inherited for who, _, end, _ in draft.segments)], openings[-1]
+
+
+def branch_probability(
+    branching: Literal["random", "arpo", "arpo_released", "threshold"], first: list[float], new: list[float]
+) -> float:
+    """Probability that a trajectory branches, from the openings of two of its segments [PAPERS A5].
+
+    arpo: clip(0.5 + 0.2 ΔH, 0, 1) on equally many tokens of both. arpo_released: the same with each sum over its own
+    min(20, length) tokens (there over the ten likeliest tokens' terms, here over the whole vocabulary). threshold: 1
+    where 0.5 + 0.2 ΔH > 0.5, else 0 (a threshold is the paper's rule; 0.5 is our reading). random: 0.5, whatever the
+    entropy.
+    """
+    k = OPENING if branching == "arpo_released" else min(OPENING, len(first), len(new))
     change = sum(new[:k]) - sum(first[:k])
     if branching == "random":
         return BASE

@@ -43,6 +43,7 @@ from engines.turns import (
     gumbel_noise,
     score_processors,
     submit_calls,
+    tokens_left,
 )
 
 ROWS = 16  # rows of every matrix product are a multiple of this
@@ -97,7 +98,7 @@ class Engine:
 
     def enqueue(self, draft: Draft) -> None:
         """Put a draft into the queue, unless it is finished or has no budget left."""
-        end_if_spent(draft, self.args.max_completion_length)
+        end_if_spent(draft, self.args)
         if draft.finish is None:
             self.queue.append(draft)
             if draft.cache is None:
@@ -217,7 +218,7 @@ class Engine:
         ended = token in self.eos
         if not ended and token in self.closing:
             ended = closes_tag(slot.new_ids, STOPS[draft.dialect], self.tokenizer)
-        if not ended and draft.response_len + len(slot.new_ids) < self.args.max_completion_length:
+        if not ended and len(slot.new_ids) < tokens_left(draft, self.args):
             return
         if child := note_segment(draft, slot.opening, self.args.branching):
             child.cache = self.cache.save(i, len(child.ids) - 1)
@@ -241,7 +242,7 @@ class Engine:
     def go_on(self, i: int) -> None:
         """Next turn of a slot, or free it if its draft is finished or has no budget left."""
         draft, self.turned = self.slots[i].draft, True
-        end_if_spent(draft, self.args.max_completion_length)
+        end_if_spent(draft, self.args)
         if draft.finish is not None:
             self.slots[i] = None
 

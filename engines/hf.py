@@ -36,6 +36,7 @@ from engines.turns import (
     gumbel_noise,
     score_processors,
     submit_calls,
+    tokens_left,
     turn_length,
 )
 
@@ -60,7 +61,7 @@ def complete(
             live, pending = batches.popleft()
             collect_results(pending, args.max_completion_length, tokenizer)
             for d in live:
-                end_if_spent(d, args.max_completion_length)
+                end_if_spent(d, args)
             live = [d for d in live if d.finish is None]
             if live:
                 generate_turn(model, tokenizer, live, args)
@@ -129,11 +130,11 @@ def generate_turn(
     for row, d in enumerate(drafts):
         ids[row, width - len(d.ids) :] = torch.tensor(d.ids)
         attention[row, width - len(d.ids) :] = 1
-    budgets = [args.max_completion_length - d.response_len for d in drafts]
+    budgets = [tokens_left(d, args) for d in drafts]
     eos = eos_ids(model, tokenizer)
     on = next(model.parameters()).device
     processors, opening = score_processors(args), OpeningEntropy()
-    if args.branching in ("arpo", "threshold"):
+    if args.branching not in ("none", "random"):
         processors.append(opening)
     sampling = GumbelSampling(drafts, width, args.check)
     if args.temperature > 0:

@@ -25,7 +25,16 @@ from core.run import seed_of
 from core.trajectory import DataError
 from engines.args import SamplingArgs
 from engines.toolbox import ToolBox
-from engines.turns import Pending, closing_tokens, collect_results, end_if_spent, eos_ids, submit_calls, turn_length
+from engines.turns import (
+    Pending,
+    closing_tokens,
+    collect_results,
+    end_if_spent,
+    eos_ids,
+    submit_calls,
+    tokens_left,
+    turn_length,
+)
 from tools.client import ServerError, request_json
 
 TIMEOUT = 600.0  # seconds per turn
@@ -66,7 +75,7 @@ def complete(
         while queue or asked or called:
             while queue and len(asked) + len(called) < args.rollout_batch_size:
                 d = queue.popleft()
-                end_if_spent(d, args.max_completion_length)
+                end_if_spent(d, args)
                 if d.finish is None:
                     asked[pool.submit(ask, server, request_of(d, server, tokenizer, args))] = d
             wait([*asked, *(f for _, fs in called for f in fs if not f.done())], return_when=FIRST_COMPLETED)
@@ -103,7 +112,7 @@ def request_of(d: Draft, server: Server, tokenizer: PreTrainedTokenizerBase, arg
     return {
         "model": server.name,
         "prompt": text if exact else d.ids,
-        "max_tokens": args.max_completion_length - d.response_len,
+        "max_tokens": tokens_left(d, args),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "top_k": args.top_k or -1,
@@ -132,7 +141,7 @@ def add_turn(
     d: Draft, choice: dict, server: Server, tokenizer: PreTrainedTokenizerBase, eos: set[int], args: SamplingArgs
 ) -> None:
     """Append a turn to its draft; DataError if it is empty or the server's ids are not those of our tokenizer."""
-    budget = args.max_completion_length - d.response_len
+    budget = tokens_left(d, args)
     ids, ended = choice.get("token_ids"), choice["finish_reason"] == "stop"
     if ids is None:
         d.sampled = False

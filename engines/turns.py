@@ -32,7 +32,8 @@ from engines.toolbox import ToolBox, run_call
 def start_draft(q: Question, i: int, tokenizer: PreTrainedTokenizerBase, args: SamplingArgs, run: tuple) -> Draft:
     """Draft of sample i of a question, its prompt (and a forced mode's opening) in place; DataError if too long."""
     dialect = dialect_of(q, args.dialect)
-    prompt = encode(tokenizer, render_prompt(q, tokenizer, dialect))
+    boxed = args.format == "strict" and q.task != "function"
+    prompt = encode(tokenizer, render_prompt(q, tokenizer, dialect, boxed))
     if len(prompt) > args.max_prompt_length:
         raise DataError(
             f"question {q.id!r}: its prompt has {len(prompt)} tokens, more than --max_prompt_length "
@@ -123,9 +124,20 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2**-24)))  # fine in the upper tail, which decides
 
 
-def end_if_spent(d: Draft, max_completion_length: int) -> None:
-    """Finish a draft that has no token of its budget left."""
-    if d.response_len >= max_completion_length:
+def tokens_left(d: Draft, args: SamplingArgs) -> int:
+    """Tokens that the model may still write in this turn: what `--max_completion_length` leaves, tool results counted,
+    or what `--max_turn_length` leaves of the tokens written since the last result, if that is less."""
+    left = args.max_completion_length - d.response_len
+    if args.max_turn_length:
+        last = max((i for i, (who, *_) in enumerate(d.segments) if who == "tool"), default=-1)
+        written = sum(end - start for who, start, end, _ in d.segments[last + 1 :] if who == "model")
+        left = min(left, args.max_turn_length - written)
+    return left
+
+
+def end_if_spent(d: Draft, args: SamplingArgs) -> None:
+    """Finish a draft that has no token of its budget, or of its turn's, left."""
+    if tokens_left(d, args) <= 0:
         d.finish = d.finish or "length"
 
 

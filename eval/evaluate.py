@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -32,6 +33,7 @@ class Args:
 
     trajectories: str = arg("", "trajectory file to evaluate, from rollout.py or a flywheel's pool (required)")
     output: str = arg("", "folder for metrics.json (required)")
+    format: Literal["lenient", "strict"] = arg("lenient", "what counts as well formed, as in rollout.py")
     billion_parameters: float = arg(0.0, "size of the model; > 0 adds acu, points / (billions · hundreds of tokens)")
 
     def __post_init__(self):
@@ -45,26 +47,28 @@ def main(args: Args) -> dict:
     trajectories = load_trajectories(args.trajectories)
     if not trajectories:
         raise DataError(f"--trajectories {args.trajectories}: holds no trajectories")
-    return write_metrics(trajectories, Path(args.output, "metrics.json"), args.billion_parameters)
+    return write_metrics(trajectories, Path(args.output, "metrics.json"), args.billion_parameters, args.format)
 
 
-def write_metrics(trajectories: list[Trajectory], path: Path, billion_parameters: float = 0.0) -> dict:
+def write_metrics(
+    trajectories: list[Trajectory], path: Path, billion_parameters: float = 0.0, format: str = "lenient"
+) -> dict:
     """Evaluate, print the table, write the metrics to a json file and return them."""
-    metrics = evaluate(trajectories, billion_parameters)
+    metrics = evaluate(trajectories, billion_parameters, format)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(metrics, indent=1) + "\n")
     print(metrics_table({"all": metrics["all"], **metrics["families"], **metrics["subsets"]}))
     return metrics
 
 
-def evaluate(trajectories: list[Trajectory], billion_parameters: float = 0.0) -> dict:
+def evaluate(trajectories: list[Trajectory], billion_parameters: float = 0.0, format: str = "lenient") -> dict:
     """{"all": metrics, "families": {name: metrics}, "subsets": …}; the family is the row's, else its task.
 
     subsets: the families whose rows have a number of `terms` (running_sum), by that number. failed_calls: trajectories
     by their failed calls; call_spread_of_correct: questions by max − min calls of their correct trajectories
-    [2601.06860, sec. 3]. billion_parameters > 0 adds `acu` to every set.
+    [2601.06860, sec. 3]. billion_parameters > 0 adds `acu` to every set. format: what `malformed` counts.
     """
-    scored = [(t, *grade(t)) for t in tqdm(trajectories, desc="grade", unit="trajectory", leave=False)]
+    scored = [(t, *grade(t, format)) for t in tqdm(trajectories, desc="grade", unit="trajectory", leave=False)]
     families: dict[str, list] = {}
     subsets: dict[str, list] = {}
     for row in scored:

@@ -1,5 +1,7 @@
 """Correctness S of a whole trajectory, shared by the rewards of train_rl.py, flywheel.py and eval/evaluate.py."""
 
+from typing import Literal
+
 from core.parse import parse_calls, well_formed
 from core.trajectory import Trajectory
 from eval.bfcl import calls_match
@@ -20,11 +22,13 @@ def correctness(trajectory: Trajectory) -> float:
     return f1(answer, trajectory.gold)
 
 
-def grade(trajectory: Trajectory) -> tuple[float, bool]:
+def grade(trajectory: Trajectory, format: Literal["lenient", "strict"] = "lenient") -> tuple[float, bool]:
     """(S, well formed) as rewards, flywheel and evaluation use them [PAPERS, details fixed for all three].
 
-    A trajectory that ran out of tokens or calls scores 0 and is malformed, whatever it answered.
+    format: what counts as well formed (core.parse.format_error). A trajectory that ran out of tokens or calls scores 0
+    and is malformed, whatever it answered.
     """
     if trajectory.finish != "eos":
         return 0.0, False
-    return correctness(trajectory), well_formed(trajectory.response_text, trajectory.dialect, trajectory.task)
+    formed = well_formed(trajectory.response_text, trajectory.dialect, trajectory.task, strict=format == "strict")
+    return correctness(trajectory), formed

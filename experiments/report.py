@@ -59,8 +59,9 @@ def write_report(
         parts += [f"## Per family: {stage}", "", metrics_table(rows), ""]
     if (folder / "analyses").exists():
         parts += ["## Analyses", "", "What a call of the base does to the entropy of the segment behind it, which is",
-                  "[the reasoning up to the next call](analyses/reasoning/entropy_pilot.md), the same",
-                  "[with that call's tokens](analyses/with_call/entropy_pilot.md), or",
+                  "[the reasoning up to the next call or the answer](analyses/reasoning/entropy_pilot.md), the same",
+                  "[with the answer](analyses/reasoning_with_answer/entropy_pilot.md),",
+                  "[with the call's own tokens and the answer](analyses/with_call/entropy_pilot.md), or",
                   "[the thought alone](analyses/think/entropy_pilot.md).", "",
                   "![ΔH by label](analyses/reasoning/entropy_changes.png)", "",
                   "![Action space](analyses/action_space.png)", "",

@@ -73,7 +73,7 @@ def sft(name: str, data: str, steps: int = 60, **flags: Any) -> Stage:
 
 ET = {"reward": "et_agent", "sigma_tool": 0.5, "sigma_length": 0.1}
 NO_BEHAVIOUR = ET | {"sigma_tool": 0.0, "sigma_length": 0.0}  # S and the format term, with the same weights as in ET
-FLYWHEEL = {"critic": "rule", "limit": 300}
+FLYWHEEL = {"critic": "rule", "limit": 300, "rft_select": "fewest_calls", "rft_per_question": 4}
 SELECTORS = ("pareto", "random", "s_corr_only", "s_tool_only")
 SIGMAS = {f"sigma_{sigma}_{advantage}": (sigma, advantage) for sigma in (0.1, 0.5, 2.0)
           for advantage in ("grpo", "grpo_no_std")}  # fmt: skip
@@ -82,7 +82,10 @@ CAPS = (2, 3)
 
 
 def rft(**flags: Any) -> tuple[Stage, Stage]:
-    """Flywheel and fine-tuning on its RFT set; the same number of SFT examples whatever the flywheel found."""
+    """Flywheel and fine-tuning on its RFT set; the same number of SFT examples whatever the flywheel found.
+
+    The critic is the world's oracle, and the set is the trajectories with the fewest calls: neither is the paper's.
+    """
     return Stage("flywheel", "flywheel", {**FLYWHEEL, **flags}, 1.5), sft("rft", "{flywheel}/rft.jsonl")
 
 
@@ -133,6 +136,7 @@ REGULARISERS = {
     "adaptive": {"entropy_regulariser": "adaptive", "entropy_target": "relative"},
     "decoupled": {"entropy_regulariser": "decoupled", "entropy_target": "relative"},
     "decoupled_short": {"entropy_regulariser": "decoupled", "entropy_target": "relative", "beta_short": 0.01},
+    # "without adaptation" of the paper; the constants lack gate and mode mask as well
     "decoupled_frozen": {"entropy_regulariser": "decoupled", "entropy_target": "relative", "beta_lr": 0.0},
     "decoupled_strong": {"entropy_regulariser": "decoupled", "entropy_target": "relative", "beta_long": 0.1},
 }
@@ -197,10 +201,13 @@ for share in (35, 85):
 # ---------------------------------------------------------------------------------------------------- entropy
 
 SEGMENTS = ("reasoning", "with_call", "think")
+WITH_ANSWER = "reasoning_with_answer"  # what --segment reasoning meant in the first runs of these claims
 MARGINS = (0.0, 0.02, 0.1, 0.3)
 KL = {"beta": 1e-3}
 SPARSE, DENSE = "en_sparse_reasoning_0.0", "en_dense_reasoning_0.0"
+SPARSE_WITH_ANSWER, DENSE_WITH_ANSWER = f"en_sparse_{WITH_ANSWER}_0.0", f"en_dense_{WITH_ANSWER}_0.0"
 RUNS = ("", "_plain", "_long")  # the main rows: noisy, plain, and noisy with more steps
+FIRST_RUNS = RUNS[:2]  # those with the answer in the last segment
 LONG_STEPS = 300
 THINK = {"mode": "think"}  # as the models of the paper; without thinking, the thought between two calls is empty
 
@@ -208,18 +215,21 @@ THINK = {"mode": "think"}  # as the models of the paper; without thinking, the t
 def entropy(name: str, world: str = "noisy", **flags: Any) -> str:
     """RL with the KL to the start that both entropy rewards have, thinking always; evaluated alike."""
     dense = {"advantage": "entropy_dense"} if flags["reward"] == "entropy_dense" else {}
-    return declare(name, world, rl(**KL, **THINK, **dense, **flags), **THINK)
+    stage = rl(**KL, **THINK, **dense, **flags)
+    if flags["reward"].startswith("entropy_"):  # a name of its own: no folder or row from before the default segment
+        stage = stage._replace(name="rl_entropy")  # left out the answer is taken for one of these
+    return declare(name, world, stage, **THINK)
 
 
 for world in ("noisy", "plain"):
     suffix = "" if world == "noisy" else "_plain"
     declare(f"en_base{suffix}", world, **THINK)
     entropy(f"en_correct{suffix}", world, reward="correct")
-    for segment in SEGMENTS if world == "noisy" else SEGMENTS[:1]:
-        for margin in MARGINS if world == "noisy" else MARGINS[:1]:
-            for kind in ("sparse", "dense"):
-                flags = {"reward": f"entropy_{kind}", "segment": segment, "delta_margin": margin}
-                entropy(f"en_{kind}_{segment}_{margin}{suffix}", world, **flags)
+    settings = [(s, m) for s in SEGMENTS for m in MARGINS] if world == "noisy" else [(SEGMENTS[0], MARGINS[0])]
+    for segment, margin in [*settings, (WITH_ANSWER, 0.0)]:
+        for kind in ("sparse", "dense"):
+            flags = {"reward": f"entropy_{kind}", "segment": segment, "delta_margin": margin}
+            entropy(f"en_{kind}_{segment}_{margin}{suffix}", world, **flags)
 for name, reward in (("en_correct", "correct"), (SPARSE, "entropy_sparse"), (DENSE, "entropy_dense")):
     entropy(f"{name}_long", reward=reward, steps=LONG_STEPS)
 for indicator in ("random", "oracle", "reference"):
@@ -264,13 +274,15 @@ def reproduction(kind: str, n: Size) -> list[str]:
         names.append(declare(f"{kind}_sums_{name}", f"{kind}_sums", *stages, label=label, **evaluate))
 
     # ET-Agent whole: SFT on right samples, flywheel, RFT, rounds of Pareto selection and RL [2601.06860; PAPERS A]
-    fresh = {"critic": "rule", "limit": n.evolve, "rounds": 0, "num_generations": 4}
+    evolve = {"critic": "rule", "limit": n.evolve, "rft_select": "all"}
+    fresh = evolve | {"rounds": 0, "num_generations": 4}
     start = Stage("samples", "flywheel", fresh, 0.5), sft("sft", "{samples}/rft.jsonl", n.sft)
-    evolved = Stage("flywheel", "flywheel", {"critic": "rule", "limit": n.evolve, "num_generations": 2}, 1.5)
+    evolved = Stage("flywheel", "flywheel", evolve | {"num_generations": 2}, 1.5)
     tuned = *start, evolved, sft("rft", "{flywheel}/rft.jsonl", n.sft)
     flags = {"limit": n.select, "num_questions": n.select // 2, "select_generations": 8, "max_steps": n.round_steps}
     rounds = *tuned, Stage("curriculum", "curriculum", {**ET, **flags, "rounds": ROUNDS}, 5.5)
-    dense = {"reward": "entropy_dense", "advantage": "entropy_dense", **KL}
+    sparse = {"reward": "entropy_sparse", "segment": "reasoning", **KL}
+    dense = sparse | {"reward": "entropy_dense", "advantage": "entropy_dense"}
     plain("base", "base model")
     plain("outcome_rl", "GRPO, right answers only", rl(n.steps, "outcome_rl", **NO_BEHAVIOUR))
     plain("et_agent", "GRPO, ET-Agent's reward", rl(n.steps, "et_agent", **ET))
@@ -279,7 +291,7 @@ def reproduction(kind: str, n: Size) -> list[str]:
     for r in range(1, ROUNDS + 1):
         at = {"model_name_or_path": f"{{curriculum}}/round-{r}/rl"}
         plain(f"rl_round_{r}", f"ET-Agent: RL round {r}", *rounds, **at)
-    plain("entropy_sparse", "GRPO, sparse entropy reward", rl(n.steps, "entropy_sparse", reward="entropy_sparse", **KL))
+    plain("entropy_sparse", "GRPO, sparse entropy reward", rl(n.steps, "entropy_sparse", **sparse))
     plain("entropy_dense", "GRPO, dense entropy reward", rl(n.steps, "entropy_dense", **dense))
 
     # AutoTool: warm-up, data refinement by two moments of a short RL run, RL [2603.13348; PAPERS B]

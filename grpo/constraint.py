@@ -54,7 +54,10 @@ def no_bonus(entropy: Tensor, no_think: Tensor, state: EntropyState, a: Any) -> 
 
 
 def constant(entropy: Tensor, no_think: Tensor, state: EntropyState, a: Any) -> Tensor:
-    """`--entropy_coef` for every trajectory."""
+    """`--entropy_coef` for every trajectory, in both modes and at any entropy: neither gate nor mode mask.
+
+    So it is not AutoTool "without adaptation": that is `decoupled` with `--beta_lr 0`, whose coefficient stays.
+    """
     return torch.full_like(entropy, a.entropy_coef)
 
 

@@ -61,11 +61,33 @@ def _falling_sigmoid(x: float) -> float:
 def autotool(correct: bool, think: bool, well_formed: bool) -> float:
     """Asymmetric reward [2603.13348; PAPERS B3]: right +1 without and +0.5 with thinking, wrong −1 and −0.5.
 
-    −1 for a malformed response, whatever it answers.
+    −1 for a malformed response, whatever it answers. With p the probability of a right answer, not thinking is worth
+    2 p_no − 1 and thinking p_think − 1/2: not thinking pays where p_no > (p_think + 0.5) / 2, that is above .75 where
+    thinking is always right. So the reward's optimum is less accurate than always thinking.
     """
     if not well_formed:
         return -1.0
     return (0.5 if think else 1.0) * (1 if correct else -1)
+
+
+def otc(correctness: list[float], tool_calls: list[int], right: list[bool], limit: int) -> list[dict[str, float]]:
+    """R_i = S_i · r_tool,i of one group: OTC-PO's reward in its form for GRPO [2504.14870; PAPERS D].
+
+    m calls; n = the fewest calls of a right sample of the group, which stands for the question's optimal number; c =
+    `limit`, the most calls there may be. r_tool = 1 if m = n = 0; cos(π m / (2m + c)) if n = 0 < m; else
+    sin(π f / (2n)) with f = 2nm / (m + n), which is 1 at m = n and falls on both sides. Without a right sample there is
+    no n, and r_tool = 1 (our reading). The formula is from notes and re-implementations that agree with each other; the
+    paper itself was not read. Left out: the smallest n of earlier epochs, and a factor α in front.
+    """
+    fewest = min((m for m, ok in zip(tool_calls, right) if ok), default=None)
+    factors = [1.0 if fewest is None else _otc_factor(m, fewest, limit) for m in tool_calls]
+    return [{"total": s * f, "correct": float(s), "f_tool": f} for s, f in zip(correctness, factors)]
+
+
+def _otc_factor(m: int, n: int, c: int) -> float:
+    if m == n:
+        return 1.0
+    return math.cos(math.pi * m / (2 * m + c)) if n == 0 else math.sin(math.pi * m / (m + n))
 
 
 def entropy_sparse(correctness: float, segment_entropies: list[float], margin: float = 0.0) -> float:
@@ -182,6 +204,13 @@ def calls_penalty_reward(group: list[Trajectory], correctness: list[float], form
     return [row | {"total": row["total"] - a.call_penalty * t.n_calls} for row, t in zip(rows, group)]
 
 
+def otc_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
+    """Adapter: S = 0 if malformed, right above S = 0.8, m = closed calls, c = `--max_tool_calling_iterations`."""
+    scores = [row["total"] for row in correct_reward(group, correctness, formed, a)]
+    rows = otc(scores, [t.n_calls for t in group], [s > CORRECT for s in scores], a.max_tool_calling_iterations)
+    return [row | {"correct": float(s)} for row, s in zip(rows, correctness)]
+
+
 def length_penalty_reward(group: list[Trajectory], correctness: list[float], formed: list[bool], a: Any) -> list[dict]:
     """Control of AutoTool: its asymmetric reward − c · |o| / L_max, |o| = model-written tokens (c = 0.5)."""
     rows = autotool_reward(group, correctness, formed, a)
@@ -197,5 +226,6 @@ REWARDS = {
     "entropy_sparse": entropy_sparse_reward,
     "entropy_dense": entropy_dense_reward,
     "calls_penalty": calls_penalty_reward,
+    "otc": otc_reward,
     "length_penalty": length_penalty_reward,
 }

@@ -7,6 +7,10 @@ k3 = exp(ref − logp) − (ref − logp) − 1, and coefficients κ (kl_coef), 
     g_logp = ∂loss_t/∂logp = w [ −A r · active + κ (1 − exp(ref − logp)) ],       g_H = −w β_t
     active = not [ (A > 0 and r > 1+ε_high) or (A < 0 and r < 1−ε_low) ]
 
+With the dual clip C (`dual_clip`, 0 = off) the surrogate of a token with A < 0 is max(min(…), C A), so that its loss
+no longer grows with a ratio above C: active is false there too [Ye et al. 2020, 1912.09729; the code of ARPO and
+ET-Agent: C = 3].
+
 `policy_terms` is the only place where these formulas are written as code: the reference and the kernels both call it.
 Everything in it but logp and H is known before the forward pass, so each chunk of logits is turned into its gradient
 dz, and that into dhidden, while it is still in memory (the loop and its traffic are in kernels.linear_logprob_entropy).
@@ -30,7 +34,8 @@ MAX_LOG_RATIO = 20.0  # nats
 class PolicyTerms(NamedTuple):
     """Per-token results of `policy_terms`, each (n,).
 
-    loss and the derivatives include the token weight; clipped_*: the weight is not 0 and the clip took the gradient.
+    loss and the derivatives include the token weight; clipped_*: the weight is not 0 and the clip took the gradient
+    (high: its upper bound, or the dual clip).
     """
 
     loss: torch.Tensor
@@ -43,7 +48,7 @@ class PolicyTerms(NamedTuple):
 
 
 def policy_terms(
-    logp, entropy, *, token_weight, advantage, old_logp, ref_logp, entropy_coef, clip_low, clip_high, kl_coef
+    logp, entropy, *, token_weight, advantage, old_logp, ref_logp, entropy_coef, clip_low, clip_high, kl_coef, dual_clip
 ) -> PolicyTerms:
     """Loss, its two derivatives and the statistics of each token, from the formulas above; all tensors (n,)."""
     log_ratio = logp - old_logp
@@ -51,8 +56,12 @@ def policy_terms(
     ratio = bounded.exp()
     clipped_low = (advantage < 0) & (ratio < 1 - clip_low)
     clipped_high = (advantage > 0) & (ratio > 1 + clip_high)
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    if dual_clip:
+        clipped_high = clipped_high | (advantage < 0) & (ratio > dual_clip)
+        surrogate = torch.where(advantage < 0, torch.maximum(surrogate, dual_clip * advantage), surrogate)
     active = (log_ratio == bounded) & ~(clipped_low | clipped_high)
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    loss = -surrogate
     g_logp = -advantage * ratio * active
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
@@ -75,7 +84,18 @@ def policy_terms(
 
 
 def policy_arguments(
-    targets, dtype, *, token_weight, advantage, old_logp, ref_logp, entropy_coef, clip_low, clip_high, kl_coef
+    targets,
+    dtype,
+    *,
+    token_weight,
+    advantage,
+    old_logp,
+    ref_logp,
+    entropy_coef,
+    clip_low,
+    clip_high,
+    kl_coef,
+    dual_clip=0.0,
 ) -> dict:
     """Keyword arguments of `policy_terms`: per-token ones as (N,) tensors with 0 where the target is -100.
 
@@ -84,6 +104,8 @@ def policy_arguments(
     """
     if ref_logp is None and kl_coef != 0:
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logp")
+    if dual_clip and dual_clip <= 1 + clip_high:
+        raise ValueError(f"dual_clip = {dual_clip} must be 0 or above 1 + clip_high = {1 + clip_high}")
     ignored = targets == IGNORE
     per_token = {
         "token_weight": token_weight,
@@ -102,7 +124,7 @@ def policy_arguments(
                     f"got {tuple(value.shape)} on {value.device}, requires_grad={value.requires_grad}"
                 )
             per_token[name] = value.to(dtype).masked_fill(ignored, 0.0)
-    return {**per_token, "clip_low": clip_low, "clip_high": clip_high, "kl_coef": kl_coef}
+    return {**per_token, "clip_low": clip_low, "clip_high": clip_high, "kl_coef": kl_coef, "dual_clip": dual_clip}
 
 
 def linear_policy_loss_reference(hidden, weight, targets, *, temperature: float = 1.0, **arguments) -> torch.Tensor:
@@ -158,6 +180,7 @@ def linear_policy_loss(
     clip_high: float = 0.2,
     kl_coef: float = 0.0,
     entropy_coef: torch.Tensor | float = 0.0,
+    dual_clip: float = 0.0,
     temperature: float = 1.0,
     check: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -171,8 +194,9 @@ def linear_policy_loss(
     over micro-batches, weight by their number of such tokens).
     A target of -100 gives 0 everywhere and no gradient, whatever the other arguments hold in that row; rows and memory
     as in `linear_logprob_entropy`. No tokens: loss 0, connected to hidden.
+    dual_clip: ratio from which on the loss of a token with a negative advantage is constant, 0 = none.
     Raises ValueError as `linear_logprob_entropy` does, and on per-token arguments of another shape or device or that
-    require a gradient, and kl_coef without ref_logp.
+    require a gradient, kl_coef without ref_logp, and a dual_clip inside the clip's own bounds.
     """
     check_linear(hidden, weight)
     check_temperature(temperature)
@@ -188,6 +212,7 @@ def linear_policy_loss(
         clip_low=clip_low,
         clip_high=clip_high,
         kl_coef=kl_coef,
+        dual_clip=dual_clip,
     )
     need_grad = hidden.requires_grad and torch.is_grad_enabled()
     keep = None if hidden.is_cuda else kept_rows(targets)

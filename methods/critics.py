@@ -191,7 +191,7 @@ CONTROL = re.compile(r"<\|[^|<>\s]{1,64}\|>")  # would become a control token of
 
 
 def model_critic(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a: Any) -> Critic:
-    """The paper's critic: the policy itself, or the model behind `--critic_base_url`, answers three prompts."""
+    """A model answers three prompts: the policy itself, or the one behind `--critic_base_url` (ET-Agent's code: 72B)."""
 
     def ask(prompts: list[str]) -> list[str]:
         answers = ask_endpoint(prompts, a) if a.critic_base_url else ask_policy(prompts, model, tokenizer, a)
@@ -258,8 +258,9 @@ def _shown(t: Trajectory, steps: list[Step], tokenizer: PreTrainedTokenizerBase)
 def ask_policy(prompts: list[str], model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a: Any) -> list[str]:
     """One greedy turn of the policy per prompt; no tag of the prompt or the answer is a tool call here."""
     args = replace(
-        a, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, max_completion_length=a.critic_max_tokens
-    )
+        a, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, max_completion_length=a.critic_max_tokens,
+        max_turn_length=0,
+    )  # fmt: skip
     drafts = []
     for text in prompts:
         ids = encode(tokenizer, render_prompt(Question("", text, "", "qa", system=SYSTEM), tokenizer, "tags"))

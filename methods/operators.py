@@ -106,15 +106,16 @@ def replace_step(
 def inject_hints(
     t: Trajectory, question: Question, finding: Finding | None, tokenizer: PreTrainedTokenizerBase, rng: random.Random
 ) -> list[Draft]:
-    """Hint injection: a hint in place of the flawed step (if one was found), and one just before the answer.
+    """Hint injection: a hint after the flawed step and its result, and one just before the answer [2601.06860, 4.1].
 
-    The hint stands inside a thought that is left open, so that the response stays well formed.
+    The first only if a flawed step was found and a result came back to it. A hint stands inside a thought that is left
+    open, so that the response stays well formed.
     """
     steps, drafts = steps_of(t, tokenizer), []
     if not steps:
         return []
-    if finding is not None:
-        draft = _up_to(t, question, steps, finding.step, rng, tokenizer)
+    if finding is not None and finding.step + 1 < len(steps):
+        draft = _up_to(t, question, steps, finding.step + 1, rng, tokenizer)
         hint = THINK + rng.choice(HINTS[t.task])
         draft.append("given", encode(tokenizer, hint), hint)
         drafts.append(draft)

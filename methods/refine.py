@@ -86,6 +86,7 @@ class Args:
     num_questions: int = arg(0, "N, questions to keep (required; AutoTool keeps a third)")
     refine: RefineName = arg("epochs_low", "which questions are kept")
     reward: Literal["autotool", "correct"] = arg("autotool", "reward whose variance counts")
+    format: Literal["lenient", "strict"] = arg("lenient", "what counts as well formed, as in train_rl.py")
     task: Literal["auto", "math", "qa", "function"] = arg("auto", "task of all rows; auto = what the row says")
     split: str = arg("train", "split, if --data is a dataset id")
     seed: int = arg(0, "seed of what is dropped, of ties and of the random control")
@@ -126,7 +127,7 @@ def read_probes(paths: list[str], questions: dict[str, Question], args: Args) ->
             question_id = group[0].question_id
             if question_id not in questions:
                 raise DataError(f"{path}: question_id {question_id!r} is not in --data")
-            correctness, formed = zip(*(grade(t) for t in group))
+            correctness, formed = zip(*(grade(t, args.format) for t in group))
             terms = REWARDS[args.reward](group, list(correctness), list(formed), args)
             epochs.setdefault(question_id, []).append([t["total"] for t in terms])
             right.setdefault(question_id, []).extend(s > CORRECT for s in correctness)

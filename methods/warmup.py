@@ -52,7 +52,9 @@ def main(args: Args) -> list[Trajectory]:
         if mode == "think" and args.think_model_name_or_path:
             flags["model_name_or_path"] = args.think_model_name_or_path
         samples[mode] = rollout.main(rollout.Args(**flags))
-    short, long = ({g[0].question_id: right_samples(g) for g in groups_of(samples[mode])} for mode in samples)
+    short, long = (
+        {g[0].question_id: right_samples(g, args.format) for g in groups_of(samples[mode])} for mode in samples
+    )
     first = {t.question_id: t for t in samples["no_think"]}
     rows, per_family = [], {}
     for question_id, t in first.items():
@@ -67,9 +69,9 @@ def main(args: Args) -> list[Trajectory]:
     return rows
 
 
-def right_samples(group: list[Trajectory]) -> list[Trajectory | None]:
+def right_samples(group: list[Trajectory], format: str = "lenient") -> list[Trajectory | None]:
     """The samples of a group, None in place of those that are wrong or malformed."""
-    graded = [(t, *grade(t)) for t in tqdm(group, desc="grade", leave=False)]
+    graded = [(t, *grade(t, format)) for t in tqdm(group, desc="grade", leave=False)]
     return [t if s > CORRECT and formed else None for t, s, formed in graded]
 
 

@@ -10,7 +10,8 @@ source "$(dirname "$0")/common.sh"
 model=(--load_in_4bit --dtype bfloat16 --lora_r 16 --lora_alpha 32)
 tools=(--index "$INDEX" --max_completion_length 4096 --engine fast --rollout_batch_size 32)
 
-# C1: segments end before the call's opening tag (our reading), margin 0, entropies of the old-policy pass at T = 1;
+# C1: segments end before the call's opening tag or the answer (our reading), margin 0, entropies of the old-policy
+# pass at T = 1;
 # KL to the starting adapter, k3, beta 1e-3 (unpublished: our reading); clip 0.2
 run train_rl.py --model_name_or_path "$MODEL" "${model[@]}" --data "$DATA" "${tools[@]}" \
   --reward entropy_sparse --segment reasoning --delta_margin 0 \

@@ -90,6 +90,8 @@ def test_probabilities_by_hand():
     assert p("arpo", [0.3] * 25, [0.3] * 20 + [0.9] * 5) == 0.5  # only the first 20 count
     assert [p("threshold", [0.5], [x]) for x in (0.4, 0.5, 0.6)] == [0.0, 0.0, 1.0]
     assert p("random", [0.1], [0.9]) == p("random", [], []) == 0.5
+    assert p("arpo_released", [0.5, 0.5, 0.9], [1.0, 0.75]) == pytest.approx(0.47)  # 0.5 + 0.2 (1.75 − 1.9)
+    assert p("arpo_released", [0.3] * 25, [0.3] * 20 + [0.9] * 5) == 0.5
 
 
 def test_entropy_share_is_in_units_of_the_largest_entropy():
@@ -115,6 +117,32 @@ def test_a_rollout_branches_where_its_coin_is_below_the_probability(monkeypatch)
     assert tokens_saved(out) == pytest.approx(saved)
 
 
+def test_the_released_code_measures_the_segment_before_the_call(monkeypatch):
+    """Segments open at 0.5, 0.55, 0.45 and 0.6 (k = 20). At a trajectory's first own call p = 0.5; root: 0.5, 0.7, 0.3.
+
+    The child that started after the first result has its first segment there (0.55): its first own call (the second of
+    the trajectory) is at p = 0.5, its next one at 0.5 + 0.2 · 20 · (0.45 − 0.55) = 0.1.
+    """
+
+    def three_calls(response):
+        return [CALL, CALL, CALL, ANSWER][response.count("</result>")]
+
+    def level(response):
+        return [0.5, 0.55, 0.45, 0.6][response.count("</result>")]
+
+    def grown(coins):
+        flags = dict(branching="arpo_released", num_generations=4, initial_rollouts=1)
+        return parents(sample(monkeypatch, three_calls, level, lambda i, n: coins.get((i, n), 0.99), **flags))
+
+    assert grown({(0, 1): 0.49}) == [None, 0, None, None] and grown({(0, 1): 0.51}) == [None] * 4
+    assert grown({(0, 2): 0.69}) == [None, 0, None, None] and grown({(0, 2): 0.71}) == [None] * 4
+    assert grown({(0, 3): 0.29}) == [None, 0, None, None] and grown({(0, 3): 0.31}) == [None] * 4
+    assert grown({(0, 1): 0.1, (1, 2): 0.49}) == [None, 0, 1, None]
+    assert grown({(0, 1): 0.1, (1, 2): 0.51}) == [None, 0, None, None]
+    assert grown({(0, 1): 0.1, (1, 3): 0.09}) == [None, 0, 1, None]
+    assert grown({(0, 1): 0.1, (1, 3): 0.11}) == [None, 0, None, None]
+
+
 def test_threshold_takes_every_rise_and_random_ignores_it(monkeypatch):
     def level(response):
         return 0.5 + 0.01 * response.count("</result>")
@@ -136,7 +164,7 @@ def test_a_trajectory_has_one_child_per_result_and_a_child_none_at_its_origin(mo
     assert len(set(places)) == 6
 
 
-@pytest.mark.parametrize("mode", ["none", "random", "arpo", "threshold"])
+@pytest.mark.parametrize("mode", ["none", "random", "arpo", "arpo_released", "threshold"])
 @pytest.mark.parametrize("calls", [0, 1, 5])
 def test_the_budget_is_exact_whatever_is_called(monkeypatch, mode, calls):
     def script(response, prompt):

@@ -145,6 +145,26 @@ def test_trajectories_with_tools_equal_those_of_generate(real, monkeypatch):
     assert [len(t["tool_calls"]) for t in rows[:6]] == [3, 1, 0, 0, 4, 3] and rows[0]["response_text"].endswith(ANSWER)
 
 
+def test_turns_of_limited_length_equal_those_of_generate(real, monkeypatch):
+    tokenizer = real[1]
+    questions = [question(i, 1 + i % 3) for i in range(len(TURNS))]
+
+    def run(complete, slots):
+        args = RolloutArgs(num_generations=1, rollout_batch_size=slots, max_turn_length=len(CALL))
+        drafts = drafts_of(questions, tokenizer, args)
+        scripted(monkeypatch, drafts, [script_of(turns, tokenizer) for turns in TURNS])
+        return finished(complete, real, drafts, args, {"python": echo})
+
+    slow = run(r.complete, 64)
+    assert run(e.complete, 3) == slow
+    rows = [json.loads(line) for line in slow]
+    assert [(t["finish"], sum(t["loss_mask"])) for t in rows[1:4]] == [
+        ("length", 2 * len(CALL)),
+        ("length", len(CALL)),
+        ("length", len(CALL)),
+    ]
+
+
 def test_parallel_calls_of_hermes_equal_those_of_generate(real, monkeypatch):
     tokenizer = real[1]
     call = '<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n</tool_call>'

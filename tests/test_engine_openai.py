@@ -163,6 +163,18 @@ def test_turns_are_those_of_the_reference(style, tiny_model, reference):
     assert [t.n_calls for t in found] == [1, 1, 0, 0, 0, 0, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("style", ["vllm", "bare"])
+def test_a_turn_has_a_budget_of_its_own(style, tiny_model):
+    with serving(style) as server:
+        found = sampled(server, tiny_model, QUESTIONS[:3], num_generations=1, max_turn_length=50)
+    assert {body["max_tokens"] for _, _, body in server.requests} == {50}
+    assert [(t.finish, sum(t.loss_mask)) for t in found if t.question_id == "q2"] == [("length", 50)]
+    tokenizer = byte_tokenizer()
+    args = RolloutArgs(num_generations=1, max_completion_length=150, max_turn_length=50)
+    hf = rollout.rollout(ScriptedModel(tokenizer, script), tokenizer, QUESTIONS[:3], args, TOOLS, (0,))
+    assert [comparable(t) for t in found] == [comparable(t) for t in hf]
+
+
 def test_requests_hold_every_parameter(tiny_model, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with serving("vllm") as server:

@@ -57,12 +57,29 @@ TWO_CALLS = [
 def test_segments_by_hand():
     """Turns (2 4 | 0 | 8 8), (1 | 5), (3 | 0 0): what counts depends on --segment."""
     t = lay_out(*TWO_CALLS, calls=[search(), search("b")])
-    assert segment_entropies(t) == [2.0, 1.0, 1.0]
+    assert segment_entropies(t) == [2.0, 1.0, 3.0]
+    assert segment_entropies(t, "reasoning_with_answer") == [2.0, 1.0, 1.0]
     assert segment_entropies(t, "with_call") == pytest.approx([22 / 5, 3.0, 1.0])
     assert segment_entropies(t, "think") == [3.0, 1.0, 3.0]
     assert [(turn.start, turn.end, turn.call) for turn in call_turns(t)] == [(2, 7, 5), (10, 12, 11)]
     assert mean_entropy(t) == pytest.approx((2 + 4 + 8 + 8 + 1 + 5 + 3) / 10)
     assert segment_entropies(t, entropy=[7.0] * len(t.token_ids)) == [7.0, 7.0, 7.0]
+
+
+def test_a_sure_answer_makes_no_call_look_reducing():
+    """Thoughts 2 and 2.5 around the call: ΔH = 0.5; the answer's zeros in the segment would make it −1."""
+    t = lay_out(("think", [2, 2]), ("tool_call", [5]), ("tool_result", [9]), ("think", [2, 3]), ("text", [2.5]),
+                ("answer", [0] * 5), ("text", [0]), calls=[search()])  # fmt: skip
+    assert segment_entropies(t) == [2.0, 2.5] and reducing(segment_entropies(t)) == [False]
+    assert segment_entropies(t, "reasoning_with_answer") == pytest.approx([2.0, 7.5 / 9])
+    cut = lay_out(("think", [2, 2]), ("tool_call", [5]), ("tool_result", [9]), ("think", [2, 4]), calls=[search()])
+    assert segment_entropies(cut) == segment_entropies(cut, "reasoning_with_answer") == [2.0, 3.0]  # no answer yet
+
+
+def test_in_hermes_the_answer_is_what_follows_the_last_thought():
+    pieces = [("think", [2]), ("tool_call", [7]), ("tool_result", [0]), ("think", [3]), ("text", [0, 0])]
+    t = lay_out(*pieces, calls=[search()], dialect="hermes")
+    assert segment_entropies(t) == [2.0, 3.0] and segment_entropies(t, "reasoning_with_answer") == [2.0, 1.0]
 
 
 def test_changes_and_indicators_by_hand():
@@ -79,13 +96,15 @@ def test_several_calls_in_one_turn_count_as_one():
     """hermes: two calls, the end mark, their results in one span, then the answer."""
     pieces = [
         ("think", [2]), ("tool_call", [7]), ("text", [7]), ("tool_call", [7]), ("text", [7]),
-        ("tool_result", [0, 0]), ("text", [1, 1]),
+        ("tool_result", [0, 0]), ("think", [1]), ("text", [1, 1]),
     ]  # fmt: skip
     t = lay_out(*pieces, calls=[search(), search("b")], dialect="hermes")
     assert segment_entropies(t) == [2.0, 1.0] and segment_entropies(t, "with_call") == [6.0, 1.0]
 
 
-@pytest.mark.parametrize("segment, last", [("reasoning", 4.0), ("with_call", 5.0), ("think", 4.0)])
+@pytest.mark.parametrize(
+    "segment, last", [("reasoning", 4.0), ("reasoning_with_answer", 4.0), ("with_call", 5.0), ("think", 4.0)]
+)
 def test_an_unclosed_call_is_no_call(segment, last):
     t = lay_out(("think", [4]), ("tool_call", [6]), calls=[search(error=UNCLOSED, ok=False)], finish="length")
     assert segment_entropies(t, segment) == [last] and call_turns(t) == []
@@ -104,9 +123,11 @@ def test_a_closed_call_before_an_unclosed_one_in_the_last_turn():
 
 
 def test_empty_segments_are_nan_and_masked_tokens_do_not_count():
-    t = lay_out(("tool_call", [6]), ("tool_result", [0]), ("answer", [1]), calls=[search()])
+    t = lay_out(("tool_call", [6]), ("tool_result", [0]), ("text", [1]), ("answer", [0]), calls=[search()])
     assert isnan(segment_entropies(t)[0]) and segment_entropies(t)[1] == 1.0
     assert all(map(isnan, segment_entropies(t, "think")))
+    bare = lay_out(("tool_call", [6]), ("tool_result", [0]), ("answer", [1]), calls=[search()])
+    assert all(map(isnan, segment_entropies(bare)))  # it calls and answers without a thought
     hinted = lay_out(("think", [2, 6]), calls=[])
     hinted.loss_mask[3], hinted.entropy[3] = 0, 0.0
     assert segment_entropies(hinted) == [2.0]
@@ -146,8 +167,8 @@ def pair():
     """Two trajectories: calls with I = 1, 0, and one call with I = 1 that ends in the wrong answer."""
     a = lay_out(*TWO_CALLS, calls=[search(), search("b")], meta={"min_tool_calls": 1})
     b = lay_out(
-        ("think", [2]), ("tool_call", [1]), ("tool_result", [0]), ("answer", [1]), calls=[search()], idx=1,
-        meta={"min_tool_calls": 1},
+        ("think", [2]), ("tool_call", [1]), ("tool_result", [0]), ("think", [1]), ("answer", [1]), calls=[search()],
+        idx=1, meta={"min_tool_calls": 1},
     )  # fmt: skip
     return [a, b]
 
@@ -174,7 +195,7 @@ def test_dense_advantages_of_two_trajectories_by_hand():
     std, half = (7 / 12) ** 0.5, 0.5 / 0.5**0.5
     first, second, third = (x / std for x in (4 / 6, 1 / 6, -5 / 6))
     assert a == pytest.approx([0, 0] + [first] * 5 + [0] * 3 + [second] * 2 + [0] + [half] * 3, abs=1e-5)
-    assert b == pytest.approx([0, 0] + [third] * 2 + [0] + [-half], abs=1e-5)
+    assert b == pytest.approx([0, 0] + [third] * 2 + [0] + [-half] * 2, abs=1e-5)
 
 
 def test_dense_without_calls_is_the_outcome_advantage():
@@ -182,7 +203,7 @@ def test_dense_without_calls_is_the_outcome_advantage():
     terms = rewards.REWARDS["entropy_dense"](group, [1.0, 0.0, 0.5], [True] * 3, FLAGS)
     out = ADVANTAGES["entropy_dense"](group, terms, FLAGS)
     assert out[0] == pytest.approx([0, 0, 1, 1], abs=1e-5) and out[1] == pytest.approx([0, 0, -1, -1], abs=1e-5)
-    assert out[2] == pytest.approx([0] * 6, abs=1e-9)  # a single call has no baseline; the outcome is the mean
+    assert out[2] == pytest.approx([0] * 7, abs=1e-9)  # a single call has no baseline; the outcome is the mean
 
 
 def test_dense_gives_an_unclosed_call_the_outcome_advantage():
@@ -193,7 +214,7 @@ def test_dense_gives_an_unclosed_call_the_outcome_advantage():
     out = ADVANTAGES["entropy_dense"](group, [{"outcome": 0.0}, {"outcome": 1.0}], FLAGS)
     half = 0.5**0.5
     assert out[0] == pytest.approx([0, 0, -half, -half, 0, -half, -half], abs=1e-5)
-    assert out[1] == pytest.approx([0, 0, half, half, 0, half], abs=1e-5)
+    assert out[1] == pytest.approx([0, 0, half, half, 0, half, half], abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- indicators

@@ -92,7 +92,7 @@ def test_calls_by_hand():
 
 def test_parallel_calls_are_labelled_by_the_first():
     pieces = [("tool_call", [7]), ("text", [7]), ("tool_call", [7]), ("tool_result", [0]), ("think", [1])]
-    pieces += [("tool_call", [7]), ("tool_result", [0]), ("text", [1])]
+    pieces += [("tool_call", [7]), ("tool_result", [0]), ("think", [1]), ("text", [1])]
     made = [search("a"), search("b"), search("c", ok=False)]
     t = lay_out(*pieces, calls=made, dialect="hermes", meta={"min_tool_calls": 1})
     (first, second) = calls_of([t], [1.0])

@@ -105,11 +105,14 @@ def test_self_correction_without_text_resamples_from_the_cut():
 
 
 def test_hints_stand_in_a_thought_and_are_not_trained_on():
-    t = sampled([FIRST, "<think>bob</think>\n<answer>bob</answer>"])
-    at_step, at_end = edit("hint_injection", t, operators.Finding(1, "not used"))
+    t = sampled([FIRST, AGAIN, "<think>bob</think>\n<answer>bob</answer>"])
+    at_step, at_end = edit("hint_injection", t, operators.Finding(0, "not used"))
     hint = written(at_step)[-1]
     assert hint[0] == "given" and hint[1].startswith("<think>") and hint[1][7:] in operators.HINTS["qa"]
-    assert written(at_step)[:-1] == [("model", FIRST), ("tool", RESULT)]
+    assert written(at_step)[:-1] == [("model", FIRST), ("tool", RESULT)]  # the flawed step stays, with its result
+    assert at_step.calls == t.tool_calls[:1]
+    t = sampled([FIRST, "<think>bob</think>\n<answer>bob</answer>"])
+    (at_end,) = edit("hint_injection", t, operators.Finding(1, "not used"))  # behind the last step: before its answer
     assert written(at_end)[2] == ("model", "<think>bob")
     who, text = written(at_end)[3]
     assert who == "given" and text.startswith(", ") and text[2:] in operators.HINTS["qa"]
@@ -486,7 +489,7 @@ def test_an_edit_without_room_is_rejected(tmp_path):
     assert max(len(t.token_ids) - t.prompt_len for t in pool) == room
 
 
-def test_rft_takes_correct_clean_trajectories_with_few_calls():
+def test_rft_takes_correct_clean_trajectories_all_or_those_that_call_least(tmp_path):
     short, long_, failed = sampled([LAST]), sampled([FIRST, LAST]), sampled(["<search></search>", LAST])
     good = {"correct": 1.0, "format": 0.0}
     group = [
@@ -496,8 +499,11 @@ def test_rft_takes_correct_clean_trajectories_with_few_calls():
         replace(short, sample_idx=3, rewards={"correct": 1.0, "format": -1.0}),
         replace(short, sample_idx=4, rewards=good),
     ]
-    assert [t.sample_idx for t in flywheel.rft_set(group, 4)] == [4, 0]
-    assert [t.sample_idx for t in flywheel.rft_set(group, 1)] == [4]
+    group += [replace(long_, sample_idx=i, rewards=good) for i in range(5, 10)]
+    assert [t.sample_idx for t in flywheel.rft_set(group)] == [0, 4, 5, 6, 7, 8, 9]
+    assert [t.sample_idx for t in flywheel.rft_set(group, "all", 1)] == [0]
+    assert [t.sample_idx for t in flywheel.rft_set(group, "fewest_calls", 3)] == [4, 0, 5]
+    assert arguments(tmp_path).rft_select == "all" and arguments(tmp_path).rft_per_question == 0
 
 
 # ---------------------------------------------------------------------------------------------------- kills
@@ -665,7 +671,8 @@ def test_bad_flags_are_named(tmp_path):
         ({"branching": "arpo"}, "--branching arpo"),
         ({"critic": "rule", "critic_base_url": "http://x"}, "--critic_base_url"),
         ({"rounds": -1}, "--rounds must be a number from 0 on, not -1"),
-        ({"rft_per_question": 0}, "--rft_per_question"),
+        ({"rft_per_question": -1}, "--rft_per_question"),
+        ({"rft_select": "fewest_calls"}, "--rft_select fewest_calls needs an --rft_per_question above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             arguments(tmp_path, **flags)

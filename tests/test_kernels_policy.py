@@ -16,10 +16,12 @@ N, H, V = 40, 12, 61
 OPTIONS = {
     "plain": {},
     "asymmetric clip": {"clip_low": 0.1, "clip_high": 0.28},
+    "dual clip": {"dual_clip": 1.3},
     "kl": {"kl_coef": 0.04},
     "entropy": {"entropy_coef": 0.02},
     "entropy per token": {"entropy_coef": "tensor"},
     "all": {"clip_low": 0.1, "clip_high": 0.3, "kl_coef": 0.1, "entropy_coef": "tensor", "temperature": 0.7},
+    "all, dual clip": {"clip_high": 0.3, "kl_coef": 0.1, "entropy_coef": "tensor", "dual_clip": 1.35},
 }
 
 
@@ -46,7 +48,7 @@ def case(dtype=torch.float64, temperature=1.0):
     return hidden.to(dtype).requires_grad_(), weight.to(dtype), targets, tokens, random(N).abs() * 0.05
 
 
-def plain_loss(hidden, weight, targets, t, entropy_coef, kl_coef, clip_low, clip_high, temperature):
+def plain_loss(hidden, weight, targets, t, entropy_coef, kl_coef, clip_low, clip_high, temperature, dual_clip):
     """The formulas of the module once more, by autograd on whole logits, row by row selected with a mask."""
     log_p = torch.log_softmax(hidden @ weight.t() / temperature, -1)
     kept = targets != -100
@@ -54,6 +56,9 @@ def plain_loss(hidden, weight, targets, t, entropy_coef, kl_coef, clip_low, clip
     entropy = -(log_p.exp() * log_p).sum(-1)
     ratio = (logp - t["old_logp"]).exp()
     surrogate = torch.min(ratio * t["advantage"], ratio.clip(1 - clip_low, 1 + clip_high) * t["advantage"])
+    if dual_clip:  # row by row, as the paper words it: a bad token's surrogate is not below C A
+        rows = [torch.max(s, dual_clip * a) if a < 0 else s for s, a in zip(surrogate, t["advantage"])]
+        surrogate = torch.stack(rows)
     kl = (t["ref_logp"] - logp).exp() - (t["ref_logp"] - logp) - 1
     loss = t["token_weight"] * (-surrogate + kl_coef * kl - entropy_coef * entropy)
     return loss[kept].sum(), logp, entropy, ratio, kl
@@ -76,6 +81,7 @@ def test_equals_plain_autograd(name, path):
         pytest.skip("with CUDA the kernels are compiled: test_kernels_gpu")
     hidden, weight, targets, tokens, entropy_coef = case(temperature=OPTIONS[name].get("temperature", 1.0))
     options = {"entropy_coef": 0.0, "kl_coef": 0.0, "clip_low": 0.2, "clip_high": 0.2, "temperature": 1.0}
+    options["dual_clip"] = 0.0
     options |= OPTIONS[name]
     if options["entropy_coef"] == "tensor":
         options["entropy_coef"] = entropy_coef
@@ -90,6 +96,10 @@ def test_equals_plain_autograd(name, path):
         counted = kept & (tokens["token_weight"] != 0)
         low = (tokens["advantage"] < 0) & (ratio < 1 - options["clip_low"]) & counted
         high = (tokens["advantage"] > 0) & (ratio > 1 + options["clip_high"]) & counted
+        if options["dual_clip"]:
+            dual = (tokens["advantage"] < 0) & (ratio > options["dual_clip"]) & counted
+            assert dual.any() and not (dual & (low | high)).any()
+            high |= dual
         assert low.any() and high.any()
         assert stats["clip_low_frac"].item() == pytest.approx(low.sum().item() / 38)
         assert stats["clip_high_frac"].item() == pytest.approx(high.sum().item() / 38)
@@ -115,6 +125,18 @@ def test_hand_computed_token():
     assert loss.item() == pytest.approx(0.5 * (4 / 3 - 0.1 * 0.636514), abs=1e-6)
     (gradient,) = torch.autograd.grad(loss, hidden)  # plus r dlogp/dz_0 = 4/3 (1 − 2/3)
     assert gradient.item() == pytest.approx(0.5 * (4 / 3 / 3 + 0.1 * 0.154033), abs=1e-6)
+
+
+def test_dual_clip_by_hand():
+    """r = 4/3 above C = 1.25: the surrogate of A = −2 is −2 · 1.25 instead of −2 · 4/3, without a gradient."""
+    hidden = torch.tensor([[math.log(2.0)]], dtype=torch.float64, requires_grad=True)
+    weight, target = torch.tensor([[1.0], [0.0]], dtype=torch.float64), torch.tensor([0])
+    for advantage, C, expected, slope in ((-2.0, 1.25, 2.5, 0.0), (-2.0, 1.5, 8 / 3, 8 / 9), (2.0, 1.25, -2.4, 0.0)):
+        arguments = {"token_weight": 1.0, "old_logp": math.log(0.5), "advantage": advantage, "dual_clip": C}
+        loss, stats = linear_policy_loss(hidden, weight, target, **arguments)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        assert loss.item() == pytest.approx(expected) and gradient.item() == pytest.approx(slope)
+        assert stats["clip_high_frac"].item() == float(slope == 0)
 
 
 def test_first_ratio_is_exactly_one():
@@ -236,6 +258,8 @@ def test_refusals():
         linear_policy_loss(hidden, weight, targets, **(tokens | {"old_logp": torch.zeros(N, requires_grad=True)}))
     with pytest.raises(ValueError, match="kl_coef = 0.1 needs ref_logp"):
         linear_policy_loss(hidden, weight, targets, **(tokens | {"ref_logp": None}), kl_coef=0.1)
+    with pytest.raises(ValueError, match="dual_clip = 1.2 must be 0 or above"):
+        linear_policy_loss(hidden, weight, targets, **tokens, dual_clip=1.2)
     with pytest.raises(ValueError, match="frozen lm_head only"):
         linear_policy_loss(hidden, weight.clone().requires_grad_(), targets, **tokens)
     with pytest.raises(ValueError, match="temperature"):

@@ -192,6 +192,27 @@ def test_boxed_follows_the_task_unless_given():
     assert well_formed(bare, task="math", boxed=False) and not well_formed(bare, task="qa", boxed=True)
 
 
+def test_strict_format_is_that_of_the_released_code():
+    think = "<think>t</think>"
+    call, answer = "<search>q</search><result>r</result>", "<answer>\\boxed{1}</answer>"
+    for text, task, lenient, strict in [
+        (think + answer, "qa", True, True),
+        ("<think>\n\n</think>\n\n" + answer, "qa", True, True),  # an empty block is one
+        (answer, "math", True, False),
+        (call + think + answer, "math", True, False),  # it has to stand at the start
+        (think + call + answer, "math", True, True),
+        (think + "<answer>1</answer>", "qa", True, False),  # boxed for every task
+        (think + "<answer>1</answer>", "math", False, False),
+        (think, "math", False, False),
+    ]:
+        assert (well_formed(text, task=task), well_formed(text, task=task, strict=True)) == (lenient, strict), text
+    assert format_error(answer, strict=True) == "no <think> at the start"
+    function = '<think>t</think><tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    assert well_formed(function, "hermes", "function", strict=True)
+    assert not well_formed(function.removeprefix("<think>t</think>"), "hermes", "function", strict=True)
+    assert not well_formed("<think>t</think>one", "hermes", "qa", strict=True)
+
+
 TURN = "<|im_end|>\n<|im_start|>"
 
 

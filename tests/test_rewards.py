@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo.rewards import REWARDS, autotool, et_agent
+from grpo.rewards import REWARDS, autotool, et_agent, otc
 
 
 def test_et_agent_by_hand():
@@ -71,6 +71,26 @@ def test_penalties_by_hand():
     assert [t["total"] for t in calls] == pytest.approx([0.7, 0.0])
     length = REWARDS["length_penalty"](group, [1.0, 0.0], [True, True], args)
     assert [t["total"] for t in length] == pytest.approx([0.5 - 0.125, -0.5 - 0.25])
+
+
+def test_otc_by_hand():
+    """n = 2: m = 2 keeps S; m = 4: f = 16/6, sin(2π/3) = .866; m = 1: f = 4/3, sin(π/3) = .866; m = 0: sin 0 = 0."""
+    terms = otc([1.0, 1.0, 0.5, 0.5], [2, 4, 1, 0], [True, True, False, False], 6)
+    assert [t["total"] for t in terms] == pytest.approx([1.0, 3**0.5 / 2, 3**0.5 / 4, 0.0])
+    assert terms[1] == pytest.approx({"total": 3**0.5 / 2, "correct": 1.0, "f_tool": 3**0.5 / 2})
+    # n = 0: m = 2 of at most 4 calls: cos(2π/8); m = 4: cos(4π/12) = 1/2
+    assert [t["f_tool"] for t in otc([1.0] * 3, [0, 2, 4], [True] * 3, 4)] == pytest.approx([1.0, 2**-0.5, 0.5])
+    assert [t["total"] for t in otc([0.4, 0.0], [1, 3], [False, False], 6)] == [0.4, 0.0]  # nothing to compare with
+
+
+def test_otc_adapter_takes_n_from_right_and_well_formed_samples():
+    group = [sample(calls=1), sample(calls=0), sample(calls=0), sample(calls=3)]
+    terms = REWARDS["otc"](group, [1.0, 1.0, 0.5, 1.0], [True, False, True, True], SimpleNamespace(**LIMIT))
+    assert [t["total"] for t in terms] == pytest.approx([1.0, 0.0, 0.0, 2**-0.5])  # sin(3π/4)
+    assert [t["correct"] for t in terms] == [1.0, 1.0, 0.5, 1.0]
+
+
+LIMIT = {"max_tool_calling_iterations": 6}
 
 
 def test_outcome_reward_counts_no_answer_in_a_malformed_response():

@@ -22,7 +22,10 @@ from core.model import ModelArgs, load_policy
 from core.trajectory import DataError, Question, ToolCall, load_trajectories
 from engines import toolbox
 from engines.toolbox import open_tools, run_call
-from engines.turns import check_prompts, gumbel_noise
+from engines.turns import check_prompts, gumbel_noise, start_draft
+from eval.evaluate import evaluate
+from eval.grader import grade
+from methods.warmup import right_samples
 from rollout import RolloutArgs
 from tools.sandbox import ToolResult
 
@@ -143,6 +146,21 @@ def test_budget_cuts_and_counts_tool_tokens():
     assert t.finish == "length" and t.tool_calls[0].ok and t.response_text == CALL
 
 
+def test_a_turn_has_a_budget_of_its_own():
+    turns = [CALL, CALL, "<think>" + "x" * 300]
+    t, _ = sample(turns, max_turn_length=len(CALL))  # each turn has it whole, results do not count
+    assert t.finish == "length" and [call.ok for call in t.tool_calls] == [True, True]
+    assert sum(t.loss_mask) == 3 * len(CALL) and t.response_text.endswith("</result>\n" + turns[2][: len(CALL)])
+    t, _ = sample(turns, max_turn_length=len(CALL) - 1)  # the closing tag does not fit
+    assert t.finish == "length" and t.n_calls == 0 and t.response_text == CALL[:-1]
+    t, _ = sample(turns, max_turn_length=200, max_completion_length=220)  # what is left of the whole is less
+    assert t.finish == "length" and len(t.token_ids) - t.prompt_len == 220 and t.n_calls == 2
+    t, _ = sample(["<think>a</python>" + "x" * 300], max_turn_length=20)  # closed, but no call: the same turn goes on
+    assert t.finish == "length" and sum(t.loss_mask) == 20
+    with pytest.raises(ValueError, match="--max_turn_length 513 is more than --max_completion_length 512"):
+        RolloutArgs(max_turn_length=513)
+
+
 def test_call_limits_end_the_trajectory():
     t, _ = sample([CALL] * 9, max_tool_calling_iterations=2)
     assert t.finish == "tool_limit" and t.n_calls == 3 and [c.ok for c in t.tool_calls] == [True, True, False]
@@ -241,6 +259,20 @@ def test_a_rows_own_system_message_comes_before_ours_unless_it_names_the_answer_
     assert "be brief\n\nSolve the user's question" in system("be brief") and "\\boxed" in system("be brief")
     assert "Solve the user's" not in system("reply in <answer> tags") and "be brief" not in system(None)
     assert "Call only what" not in system("be brief", "hermes")
+
+
+def test_strict_format_asks_for_a_box_whatever_the_task_and_grades_by_it():
+    tokenizer, texts = byte_tokenizer(), {}
+    for form in ("lenient", "strict"):
+        args = RolloutArgs(format=form, num_generations=1)
+        for task in ("math", "qa"):
+            texts[form, task] = tokenizer.decode(start_draft(question(task=task), 0, tokenizer, args, ()).ids)
+    boxed = {key for key, text in texts.items() if "\\boxed" in text}
+    assert boxed == {("lenient", "math"), ("strict", "math"), ("strict", "qa")}
+    t, _ = sample(["<answer>\\boxed{2}</answer>"])  # no think block
+    assert t.mode == "no_think" and grade(t) == (1.0, True) and grade(t, "strict") == (1.0, False)
+    assert right_samples([t]) == [t] and right_samples([t], "strict") == [None]
+    assert evaluate([t])["all"]["malformed"] == 0 and evaluate([t], format="strict")["all"]["malformed"] == 1
 
 
 def test_without_an_index_a_run_says_so(capsys):

@@ -145,6 +145,8 @@ def plain_loss(model, part, args):
             ratio = (logp[i - 1] - before).exp()
             clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon_high)
             loss = -torch.minimum(ratio * t.advantage[i], clipped * t.advantage[i])
+            if args.dual_clip and t.advantage[i] < 0:
+                loss = torch.minimum(loss, torch.tensor(-args.dual_clip * t.advantage[i]))
             if args.beta > 0:
                 drift = ref[i - 1] - logp[i - 1]
                 loss = loss + args.beta * (drift.exp() - drift - 1)
@@ -158,10 +160,12 @@ def close(a, b, tolerance):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-@pytest.mark.parametrize("beta, entropy_coef", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.05), (0.0, 0.05)])
-def test_gradients_equal_plain_autograd_on_whole_logits(flags, loss_type, beta, entropy_coef):
+@pytest.mark.parametrize(
+    "beta, entropy_coef, dual_clip", [(0.0, 0.0, 0.0), (0.1, 0.0, 0.0), (0.1, 0.05, 0.0), (0.0, 0.05, 1.25)]
+)
+def test_gradients_equal_plain_autograd_on_whole_logits(flags, loss_type, beta, entropy_coef, dual_clip):
     bonus = dict(entropy_regulariser="constant", entropy_coef=entropy_coef) if entropy_coef else {}
-    args = train_rl.Args(**flags, **bonus, loss_type=loss_type, beta=beta, temperature=0.8)
+    args = train_rl.Args(**flags, **bonus, loss_type=loss_type, beta=beta, temperature=0.8, dual_clip=dual_clip)
     model, (part,) = scored_step(args)
     with torch.no_grad():  # move off the sampling policy, so that ratios differ from 1 and some are clipped
         for name, p in model.named_parameters():
@@ -194,6 +198,13 @@ def test_clip_ratio_counts_tokens_that_are_trained_on(flags):
             clipped += sum(a > 0 and r > 1.2 for a, r in advantages) * (t.finish == "eos")
     _, stats = gradient_of_update(model, part, args)
     assert clipped and stats["clip_ratio/high_mean"] == pytest.approx(clipped / sum(t.completion_tokens for t in rows))
+
+
+def test_rewards_are_given_by_the_format_that_is_asked_for(flags, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_rl, "grade", lambda t, form: asked.append(form) or (0.0, True))
+    train_rl.main(train_rl.Args(**flags | {"max_steps": 1}, format="strict"))
+    assert asked == ["strict"] * 8
 
 
 def test_the_first_ratio_of_a_step_is_exactly_one(flags):
@@ -579,6 +590,7 @@ def error_of(script, flags, monkeypatch, capsys):
         ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1"),
         ({"search_top_k": 0}, "--search_top_k must be at least 1"),
         ({"epsilon": 2}, "--epsilon must be from 0 to 1, not 2.0"),
+        ({"dual_clip": 1.2}, r"--dual_clip 1.2 must be 0 or above 1 \+ --epsilon_high 0.2"),
         ({"top_p": 0.9}, "unknown flag --top_p"),
         ({"temperature": 0}, "--temperature 0.0: RL needs a positive temperature"),
         ({"questions_per_step": 3, "updates_per_batch": 2}, "--questions_per_step 3 is not a multiple"),
