@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from core.args import RunArgs, arg, cli, require_positive
-from core.conversation import Draft, to_trajectory, turn_text
+from core.conversation import Draft, show_prompt, to_trajectory, turn_text
 from core.model import ModelArgs
 from core.parse import parse_calls
 from core.run import drop_torn_line, seed_of, start_run, table
@@ -111,6 +111,7 @@ def main(args: Args) -> dict:
     questions = load_questions(args.data, args.task, args.limit, args.split)
     model, tokenizer = load_sampler(args)
     check_prompts(questions, tokenizer, args, model)
+    show_prompt(questions[0], tokenizer, args.dialect)
     with open_tools(args) as toolbox:
         log = evolve(run.dir, questions, model, tokenizer, args, toolbox)
     kept = (t for group in pool_groups(run.dir, log) for t in rft_set(group, args.rft_select, args.rft_per_question))

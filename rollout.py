@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from core.args import arg, cli, require_positive
-from core.conversation import Draft, to_trajectory
+from core.conversation import Draft, show_prompt, to_trajectory
 from core.model import ModelArgs, device, load_policy
 from core.run import drop_torn_line, other_setting, write_text
 from core.trajectory import DataError, Question, Trajectory, load_trajectories, save_trajectories
@@ -178,6 +178,7 @@ def sample(args: Args) -> list[Trajectory]:
         return done
     model, tokenizer = load_sampler(args)
     check_prompts(questions, tokenizer, args, model)
+    show_prompt(questions[0], tokenizer, args.dialect)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(config, json.dumps(asdict(args), indent=1) + "\n")
     waves = 1 if args.engine == "hf" else 4  # more drafts than slots at a time, so that free slots are refilled

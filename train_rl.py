@@ -30,6 +30,7 @@ import kernels
 from core import distributed
 from core.args import RunArgs, arg, cli, require_positive
 from core.checkpoint import resume, save_checkpoint
+from core.conversation import show_prompt
 from core.model import (
     Batch,
     ModelArgs,
@@ -219,6 +220,7 @@ def train(args: Args) -> dict:
     model, tokenizer = load_policy(args)
     model.to(device())
     check_prompts(questions, tokenizer, args, model)
+    show_prompt(questions[0], tokenizer, args.dialect)
     if args.beta > 0 or args.indicator == "reference":
         add_reference(model)
     if args.gradient_checkpointing:

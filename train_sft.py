@@ -2,7 +2,8 @@
 
     python train_sft.py --model_name_or_path data/tiny --data D.jsonl --output_dir out/sft
 
-1. Read trajectories, demonstrations (`question` + `response` parts) or chat rows (`messages`), tokenise each once.
+1. Read trajectories, demonstrations (`question` + `response` parts), chat rows (`messages`) or TRL's pairs (`prompt`
+   + `completion`, texts or messages) from jsonl, parquet, CSV or the hub; tokenise each once.
 2. Per optimizer step: the next examples of a seeded permutation, in micro-batches sorted by length.
 3. loss = − Σ logp of model-written tokens / their number in the whole step; tool results and prompts have no loss.
 `torchrun --nproc_per_node N train_sft.py …` shares each step's examples among N processes.
@@ -11,10 +12,13 @@ Left out on purpose: packing several examples into one row.
 
 import json
 import math
+import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import jinja2
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -38,15 +42,15 @@ from core.model import (
     token_stats,
 )
 from core.run import shuffled, start_run
-from core.trajectory import DataError, Question, Trajectory, read_jsonl
-from data.questions import check_parts, question_of
+from core.trajectory import DataError, Question, Trajectory
+from data.questions import ADDED_KEYS, SYSTEM_KEYS, UNASKED_KEYS, check_parts, question_of, read_rows, refuse_fields
 
 
 @dataclass
 class Args(ModelArgs, RunArgs):
     """Flags of an SFT run; ET-Agent's values stand in the help."""
 
-    data: str = arg("", "jsonl of trajectories, demonstrations or chat messages (required)")
+    data: str = arg("", "trajectories, demonstrations, chats or prompt-completion pairs (required)")
     limit: int = arg(0, "first N rows only, 0 = all")
     max_length: int = arg(4096, "longest example in tokens; longer ones are an error unless --drop_long")
     drop_long: bool = arg(False, "leave out examples longer than --max_length and say how many")
@@ -159,20 +163,21 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, args: Args, voc
     vocabulary: rows of the embedding, of which some models have more than their tokenizer uses.
     """
     examples, dropped = [], 0
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
+    for where, row in read_rows(path):
         try:
             if "token_ids" in row:
-                t = Trajectory.from_json(json.dumps(row))
+                t = Trajectory.from_row(row)
             elif "response" in row:
                 t = from_demonstration(row, tokenizer, where)
+            elif "completion" in row:
+                t = from_pair(row, tokenizer, where)
             elif "messages" in row:
                 t = from_messages(row, tokenizer, where)
             else:
-                raise DataError(f"{where}: a row needs 'token_ids', 'response' or 'messages'")
+                raise DataError(f"{where}: a row needs 'token_ids', 'response', 'messages' or 'completion'")
         except DataError:
             raise
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, jinja2.TemplateError) as e:
             raise DataError(f"{where}: {e}") from None
         if max(t.token_ids) >= vocabulary:
             raise DataError(f"{where}: token id {max(t.token_ids)} is outside the vocabulary of {vocabulary}")
@@ -215,37 +220,108 @@ def from_demonstration(row: dict, tokenizer: PreTrainedTokenizerBase, where: str
     return to_trajectory(draft, tokenizer)
 
 
-def from_messages(row: dict, tokenizer: PreTrainedTokenizerBase, where: str) -> Trajectory:
-    """A chat as one trajectory: assistant messages are trained on, everything the template puts around them is not.
+def from_pair(row: dict, tokenizer: PreTrainedTokenizerBase, where: str) -> Trajectory:
+    """TRL's `prompt` and `completion`: two lists of messages, or two texts that no chat template touches."""
+    prompt, completion = row.get("prompt"), row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        check_parts(prompt, "prompt", ("role",), where)
+        check_parts(completion, "completion", ("role",), where)
+        chat = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+        return from_messages(chat | {"messages": prompt + completion}, tokenizer, where, first=len(prompt))
+    for name, text in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(text, str):
+            raise DataError(f"{where}: field {name!r} is {str(text)[:80]!r}: both are texts or both lists of messages")
+    ids = tokenizer(prompt)["input_ids"]  # with the BOS of those that begin texts with one
+    question = Question(str(row.get("id", where)), prompt, "", "qa")
+    draft = Draft(question, 0, "tags", 0, ids, len(ids), finish="eos", sampled=False)
+    text = completion.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
+    draft.append("model", encode(tokenizer, text), text)
+    return to_trajectory(draft, tokenizer)
 
-    DataError if the chat template rewrites earlier messages (as templates that strip thoughts do).
+
+def from_messages(row: dict, tokenizer: PreTrainedTokenizerBase, where: str, first: int = 0) -> Trajectory:
+    """A chat as one trajectory: assistant messages from number `first` on are trained on, word for word.
+
+    What the template puts around them is not, nor the empty think block that Qwen3's puts before them. A thought is,
+    where the template (R1's) strips it. DataError if the template leaves out or adds anything else, or if it shows
+    messages otherwise when the chat goes on (as those that strip earlier thoughts do).
     """
     messages, tools = row["messages"], row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     check_parts(messages, "messages", ("role",), where)
-    silent = [m | {"content": ""} if m.get("tool_calls") else m for m in messages]  # a call may come without text
-    check_parts(silent, "messages", ("content",), where)
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    messages = [m | {"content": m.get("content") or ""} if m.get("tool_calls") else m for m in messages]  # a mere call
+    check_parts(messages, "messages", ("content",), where)
+    said = "\n".join(m["content"] for m in messages)
+    lost = {name: value for name, value in row.items() if not isinstance(value, str) or value.strip() not in said}
+    refuse_fields(lost, (*ADDED_KEYS, *SYSTEM_KEYS, *UNASKED_KEYS), where)
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
     if not turns or turns[0] == 0:
         raise DataError(f"{where}: field 'messages' needs an assistant message after the first")
 
-    def render(end: int, opening: bool) -> str:
-        return tokenizer.apply_chat_template(messages[:end], tools=tools, add_generation_prompt=opening, tokenize=False)
+    def render(shown: list[dict], opening: bool) -> str:
+        return tokenizer.apply_chat_template(shown, tools=tools, add_generation_prompt=opening, tokenize=False)
 
-    done = render(turns[0], True)
-    prompt = encode(tokenizer, done)
     question = Question(str(row.get("id", where)), messages[turns[0] - 1]["content"], "", "qa")
-    draft = Draft(question, 0, "hermes" if tools else "tags", 0, prompt, len(prompt), finish="eos", sampled=False)
+    draft, done = None, ""
     for i in turns:
-        before, after = render(i, True), render(i + 1, False)
-        if not before.startswith(done) or not after.startswith(before):
-            raise DataError(f"{where}: the chat template changes message {i} or earlier ones when the chat goes on")
-        if between := before[len(done) :]:
-            draft.append("tool", encode(tokenizer, between), between)
-        written, end, _ = after[len(before) :].partition(tokenizer.eos_token)  # what follows eos is the template's
-        draft.append("model", encode(tokenizer, written + end), written + end)
-        done = before + written + end
+        before = render(messages[:i], True)
+        if not before.startswith(done):
+            raise DataError(f"{where}: the chat template changes messages before number {i} when the chat goes on")
+        try:
+            opening, text = own_text(messages[: i + 1], before, render)
+        except ValueError as e:
+            raise DataError(f"{where}: field 'messages' part {i}: the chat template {e}") from None
+        frame = before[len(done) : len(before) - len(opening)]
+        if draft is None:
+            prompt = encode(tokenizer, frame)
+            dialect = "hermes" if tools else "tags"
+            draft = Draft(question, 0, dialect, 0, prompt, len(prompt), finish="eos", sampled=False)
+        elif frame:
+            draft.append("tool", encode(tokenizer, frame), frame)
+        if opening:
+            draft.append("given", encode(tokenizer, opening), opening)
+        text, end, _ = text.partition(tokenizer.eos_token)  # what follows eos is the template's
+        draft.append("model", encode(tokenizer, text + end), text + end)
+        done = before + text + end
     return to_trajectory(draft, tokenizer)
+
+
+def own_text(messages: list[dict], before: str, render: Callable[[list[dict], bool], str]) -> tuple[str, str]:
+    """(opening, text): the thought that the template opens for the model, and what the last message then says.
+
+    before: the rendered prompt of this turn, the opening at its end. The text is the row's own, then calls and what
+    ends the turn as the template writes them. White space around the row's text may be the template's. ValueError if
+    the template leaves out or adds anything.
+    """
+    *earlier, message = messages
+    content, mark = message["content"], "ROW-TEXT"  # a text in the message's stead tells what is the template's
+    whole = render(messages, False)
+    head, found, tail = render([*earlier, message | {"content": mark}], False).rpartition(mark)
+    if content and not found:
+        raise ValueError(f"leaves out its text {content[:60]!r}")
+    opened = re.search(r"<think>\s*\Z", before)
+    opening = opened[0] if opened else ""
+    frame = before.removesuffix(opening)
+    head = head if found else frame
+    if not head.startswith(frame):
+        raise ValueError("shows the messages before it otherwise when it follows")
+    added, thought = head[len(frame) :], (message.get("reasoning_content") or "").strip()
+    text = whole[len(head) :] if whole.startswith(head) else ""
+    if content and text.removesuffix(tail).strip() != content.strip():  # cut or rewritten
+        text = content + tail
+    if thought and thought not in added:
+        raise ValueError(f"leaves out its reasoning_content {thought[:60]!r}")
+    if not thought and re.fullmatch(r"\s*<think>\s*</think>\s*", added):
+        added = ""
+    if not thought and added.strip():
+        raise ValueError(f"puts {added[:60]!r} before its text, which the row does not hold")
+    calls = [call.get("function", call).get("name", "") for call in message.get("tool_calls") or []]
+    if missing := [name for name in calls if name not in text]:
+        raise ValueError(f"leaves out its call of {missing[0]!r}")
+    text = added + text
+    if opening and not text.lstrip().startswith("<think>"):
+        raise ValueError(f"opens a thought, which its text does not: {text[:60]!r}")
+    return opening, text.lstrip().removeprefix("<think>").lstrip("\n") if opening else text
 
 
 if __name__ == "__main__":

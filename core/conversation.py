@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from core.distributed import say_once
 from core.parse import escape_result, parse_calls, render_result, spans_of
 from core.trajectory import Question, Span, ToolCall, Trajectory
 
@@ -79,6 +80,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def dialect_of(question: Question, default: str) -> str:
     """Questions that declare functions are asked in the hermes dialect."""
     return "hermes" if question.task == "function" else default
+
+
+def show_prompt(question: Question, tokenizer: PreTrainedTokenizerBase, default: str) -> None:
+    """Print the prompt of a question as the model reads it, its first 2000 characters, once per process."""
+    prompt = render_prompt(question, tokenizer, dialect_of(question, default))
+    cut = f"\n… ({len(prompt) - 2000} more characters)" if len(prompt) > 2000 else ""
+    say_once(f"the prompt of question {question.id!r}:\n{prompt[:2000]}{cut}")
 
 
 # ---------------------------------------------------------------------------------------------------- drafts

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +45,13 @@ def rank() -> int:
 def count() -> int:
     """Number of processes that torchrun started."""
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a text the first time that it is given; process 0 of several does."""
+    if rank() == 0:
+        print(text)
 
 
 def share(items: list[T]) -> list[T]:

@@ -253,7 +253,7 @@ def _json_value(text: str):
 def _code(body: str) -> str:
     """Python source without a surrounding markdown fence, common indentation and blank ends."""
     body = _unfenced(body)
-    if all(line[:1] in " \t" for line in body.splitlines() if line.strip()):
+    if all(line[:1] in " \t" for line in body.split("\n") if line.strip()):
         body = textwrap.dedent(body)
     return body.strip()
 

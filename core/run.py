@@ -52,8 +52,9 @@ class Run:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.dir / name
             if path.exists():
-                rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-                write_text(path, "".join(row + "\n" for row in rows))
+                with open(path, encoding="utf-8", errors="replace") as lines:  # a kill may cut a character
+                    rows = [line.rstrip("\n") + "\n" for line in lines if _step_of(line) <= step]
+                write_text(path, "".join(rows))
 
     def finish(self, result: dict) -> None:
         """Write result.json, which marks the run as finished."""

@@ -5,12 +5,15 @@ token t given the tokens before it). Masks come from positions, set where
 a token is created, and never from token identity. Imports nothing of this project.
 """
 
+import gzip
 import json
+import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TextIO, get_args
 
 SpanKind = Literal["think", "tool_call", "tool_result", "answer", "text"]
 Mode = Literal["think", "no_think"]
@@ -34,6 +37,7 @@ class Question:
     tools: list[dict] | None = None  # declared functions (OpenAI-style schemas), hermes dialect
     system: str | None = None  # a system message that came with the row; replaces the rollout's own
     meta: dict = field(default_factory=dict)  # the row's other short fields: family, min_tool_calls, known, …
+    told_by: str = field(default="", compare=False)  # what said which task it is
 
 
 @dataclass
@@ -152,6 +156,11 @@ class Trajectory:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError("a trajectory is a JSON object")
+        return Trajectory.from_row(row)
+
+    @staticmethod
+    def from_row(row: dict) -> "Trajectory":
+        """The trajectory of a decoded line; ValueError as from `from_json`."""
         known = {f.name for f in fields(Trajectory)}
         if unknown := set(row) - known:
             raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
@@ -159,9 +168,9 @@ class Trajectory:
             if not isinstance(row.get(name, []), list):
                 raise ValueError(f"{name} is {str(row[name])[:80]!r}, not of type list")
         try:
-            row["spans"] = [Span(**span) for span in row["spans"]]
-            row["tool_calls"] = [ToolCall(**call) for call in row["tool_calls"]]
-            return Trajectory(**row)
+            spans = [Span(**span) for span in row["spans"]]
+            tool_calls = [ToolCall(**call) for call in row["tool_calls"]]
+            return Trajectory(**row | {"spans": spans, "tool_calls": tool_calls})
         except KeyError as e:
             raise ValueError(f"missing field {e}") from None
         except TypeError as e:
@@ -176,20 +185,56 @@ UNCLOSED = "unclosed"  # ToolCall.error of a call whose closing tag never came
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yield (line number, object) of a jsonl file, blank lines skipped; DataError names file and line."""
-    for number, line in _read_lines(path):
+    """Yield (line number, object) of a jsonl file, blank lines skipped; DataError names file, line and field.
+
+    A value that no jsonl file may hold (`unwritable`) is refused here: it would end the run when samples are written.
+    """
+    for number, line in read_lines(path):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:  # ValueError: also a number of more than 4300 digits
             raise DataError(f"{path}:{number}: not valid JSON: {e}") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        if problem := unwritable(row):
+            raise DataError(f"{path}:{number}: {problem}")
         yield number, row
 
 
+def unwritable(row: dict) -> str | None:
+    """What keeps a row out of a jsonl file, with its field: NaN, infinity, half a surrogate pair. Else None."""
+    try:
+        json.dumps(row, ensure_ascii=False, allow_nan=False, default=str).encode()
+        return None
+    except (ValueError, RecursionError) as e:
+        return next(_flaws(row, ""), str(e))
+
+
+def _flaws(value: Any, name: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _flaws(key, f"{name}.{key}".lstrip("."))
+            yield from _flaws(part, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from _flaws(part, f"{name}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"field {name!r} is {value}"
+    elif isinstance(value, str) and writable(value) != value:
+        yield f"field {name!r} holds half a surrogate pair: {value[:80]!a}"
+
+
+def writable(text: str) -> str:
+    """The text with "?" for every half of a surrogate pair, which JSON may hold and UTF-8 may not."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
-    """Write rows as jsonl through a temporary file, so that a killed run leaves the old file; returns the count."""
-    return _write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+    """Write rows as jsonl through a temporary file, so that a killed run leaves the old file; returns the count.
+
+    ValueError for NaN and infinities, which `read_jsonl` refuses.
+    """
+    return _write_lines(path, (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows))
 
 
 def save_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> int:
@@ -200,23 +245,43 @@ def save_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> i
 def load_trajectories(path: str | Path) -> list[Trajectory]:
     """Read and check a trajectory file; DataError names file, line and the broken field."""
     trajectories = []
-    for number, line in _read_lines(path):
+    for number, row in read_jsonl(path):
         try:
-            trajectories.append(Trajectory.from_json(line))
+            trajectories.append(Trajectory.from_row(row))
         except ValueError as e:
             raise DataError(f"{path}:{number}: {e}") from None
     return trajectories
 
 
-def _read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number, line) of a text file, blank lines skipped; DataError if it cannot be read."""
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of a text file, blank lines skipped, gzip if its name ends in .gz; DataError if it cannot be read.
+
+    Lines end in LF or CRLF; a byte order mark is no text. Not str.splitlines, which also cuts at characters that JSON
+    leaves as they are, such as U+2028.
+    """
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open_text(path) as lines:
             yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"{path}: no such file") from None
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 text: {e}") from None
+    except UNREADABLE as e:
+        raise DataError(unreadable(path, e)) from None
+
+
+UNREADABLE = (OSError, UnicodeDecodeError, EOFError, zlib.error)
+
+
+def open_text(path: str | Path, newline: str | None = None) -> TextIO:
+    """A text file in UTF-8, open for reading; may raise, then and while it is read, what UNREADABLE lists."""
+    opened = gzip.open if str(path).endswith(".gz") else open
+    return opened(path, "rt", encoding="utf-8-sig", newline=newline)
+
+
+def unreadable(path: str | Path, e: Exception) -> str:
+    """One line on a file that could not be read."""
+    if isinstance(e, (FileNotFoundError, IsADirectoryError)):
+        return f"{path}: no such file"
+    if isinstance(e, UnicodeDecodeError):
+        return f"{path}: not UTF-8 text: {e}"
+    return f"{path}: cannot be read: {e}"
 
 
 def groups_of(trajectories: Iterable[Trajectory]) -> list[list[Trajectory]]:

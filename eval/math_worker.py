@@ -15,6 +15,7 @@ import signal
 import sys
 
 MEMORY_BYTES = 2 << 30  # address space; a bigger intermediate result is a MemoryError, answered with "0"
+PERCENT = re.compile(r"([^%]*?)\s*(?:\\?%|\\text\{\s*(?:\\?%|percent)\s*\}|\bpercent)\s*")
 CPU_SECONDS = 20  # per pair; ends an orphan whose parent was killed while it computed
 
 
@@ -37,16 +38,45 @@ def serve() -> None:
 
 
 def equal(math_verify, gold: str, prediction: str) -> bool:
-    """math-verify's verdict, after two repairs: spaced complex numbers and unequal number bases."""
+    """math-verify's verdict on any reading of the two, after repairs of what it misreads.
+
+    Spaced complex numbers, unequal number bases, 2e-05, percent (12.5 % is 12.5 and 0.125, as a question means it) and
+    numbers near 0, which it rounds to six decimals.
+    """
     bases = {found[1] for text in (gold, prediction) if (found := re.fullmatch(r"\s*\w+\s*_\s*\{?(\d+)\}?\s*", text))}
     if len(bases) == 2:
         return False  # math-verify drops the subscript
+    first, second = bare(gold), bare(prediction)
+    rates = [PERCENT.fullmatch(text) for text in (first, second)]
+    if all(rates):  # both are rates: their numbers tell
+        first, second = rates[0][1], rates[1][1]
+    return any(_same(math_verify, a, b) for a in readings(first) for b in readings(second))
+
+
+def readings(text: str) -> list[str]:
+    """What the text may mean, as math-verify can read it: 12.5 % is 12.5 or 0.125, 2e-5 a power or 2·e − 5."""
+    rate = PERCENT.fullmatch(text)
+    texts = [rate[1], rf"\frac{{{rate[1]}}}{{100}}"] if rate else [text]
+    powers = [re.sub(r"(?<![\w.])(\d+\.?\d*)[eE]([-+]?\d+)\b", r"\1 \\times 10^{\2}", text) for text in texts]
+    return list(dict.fromkeys(powers + texts))
+
+
+def _same(math_verify, first: str, second: str) -> bool:
     try:
         # Without $…$ it would search the text for the last number; the parent limits the time.
-        parsed = [math_verify.parse(f"${bare(text)}$", parsing_timeout=None) for text in (gold, prediction)]
-        return bool(math_verify.verify(*parsed, timeout_seconds=None))
+        parsed = [math_verify.parse(f"${text}$", parsing_timeout=None) for text in (first, second)]
+        return bool(math_verify.verify(*parsed, timeout_seconds=None)) and not _apart(*(p[0] for p in parsed))
     except Exception:  # parsers and sympy raise anything; what cannot be compared is not equal
         return False
+
+
+def _apart(first, second) -> bool:
+    """Whether two numbers below a thousandth differ by more than a millionth of the larger."""
+    if not (getattr(first, "is_number", False) and getattr(second, "is_number", False)):
+        return False
+    first, second = first.evalf(), second.evalf()
+    size = max(abs(first), abs(second))
+    return bool(size < 1e-3 and abs(first - second) > 1e-6 * size)
 
 
 def bare(text: str) -> str:

@@ -24,7 +24,7 @@ MATH_SECONDS = 5.0  # per pair; a later answer counts as "not equal" and the pro
 START_SECONDS = 120.0  # importing math-verify on a busy machine
 MAX_ANSWER_CHARS = 500  # a longer prediction is wrong unless identical: no gold answer comes near
 
-NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?\.?")
+NUMBER = re.compile(r"[-+]?\$?(?=\.?\d)(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(\.|[eE][-+]?\d{1,3})?")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 CLOSED_WORDS = {"yes", "no", "noanswer"}  # partial overlap with these is no answer at all
 
@@ -78,6 +78,7 @@ def math_equal(prediction: Any, gold: Any) -> bool:
     if isinstance(gold, (list, tuple)):
         return any(math_equal(prediction, one) for one in gold)
     prediction, gold = str(prediction).strip(), str(gold).strip()
+    gold = last_boxed(gold) or gold  # a worked solution
     if not prediction or not gold:
         return False
     if prediction == gold:
@@ -93,12 +94,15 @@ def math_equal(prediction: Any, gold: Any) -> bool:
 
 
 def _plain_number(text: str) -> int | float | None:
-    """Value of 1234, 1,234.50, $5, \\$5, 1{,}000, 10,\\!080; None for anything that needs a parser."""
+    """Value of 1234, 1,234.50, $5, \\$5, 1{,}000, 10,\\!080, 2e-05; None for anything that needs a parser."""
     text = re.sub(r"\\!\s*", "", text).replace("\\$", "$").replace("{,}", ",").replace("−", "-")
     if len(text) > 300 or not NUMBER.fullmatch(text) or not any(c.isdigit() for c in text):
         return None
     digits = text.replace(",", "").replace("$", "").rstrip(".")
-    return float(digits) if "." in digits else int(digits)
+    if digits.lstrip("+-").isdigit():
+        return int(digits)
+    value = float(digits)
+    return value if math.isfinite(value) and (value or not re.search("[1-9]", digits)) else None  # too large, too small
 
 
 class _Worker:
@@ -157,16 +161,23 @@ def _ask_worker(gold: str, prediction: str) -> bool:
 
 
 def normalise_answer(text: Any, keep_punctuation: bool = False) -> str:
-    """SQuAD normalisation: lower case, no punctuation, no articles, single spaces; a \\text{…} wrapper is dropped."""
-    text = re.sub(r"\\(?:text|mathrm|textbf|mbox)\{(.*)\}", r"\1", str(text)).lower()
-    if not keep_punctuation:
-        text = text.translate(PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    """SQuAD normalisation: lower case, no punctuation, no articles, single spaces; a \\text{…} wrapper is dropped.
+
+    A text of nothing else keeps its articles ("A"), or its punctuation ("+"): only an empty one becomes empty.
+    """
+    whole = re.sub(r"\\(?:text|mathrm|textbf|mbox)\{(.*)\}", r"\1", str(text)).lower()
+    text = whole if keep_punctuation else whole.translate(PUNCTUATION)
+    words = re.sub(r"\b(a|an|the)\b", " ", text).split() or text.split() or whole.split()
+    return " ".join(words)
 
 
 def exact_match(prediction: Any, golds: Any) -> float:
-    """1.0 if the normalised prediction equals a normalised gold answer (a string, a number or a list of aliases)."""
-    return float(any(normalise_answer(prediction) == normalise_answer(gold) for gold in _aliases(golds)))
+    """1.0 if the normalised prediction equals a normalised gold answer (a string, a number or a list of aliases).
+
+    An empty prediction is wrong.
+    """
+    ours = normalise_answer(prediction)
+    return float(bool(ours) and any(ours == normalise_answer(gold) for gold in _aliases(golds)))
 
 
 def f1(prediction: Any, golds: Any) -> float:

@@ -25,7 +25,7 @@ import torch
 import rollout
 from core.args import arg, check_numbers, require_positive
 from core.run import commit, write_text
-from core.trajectory import DataError, Trajectory, groups_of, load_trajectories, write_jsonl
+from core.trajectory import DataError, Trajectory, groups_of, load_trajectories, read_lines, write_jsonl
 from data.world import facts
 from data.world.noise import MIX
 from eval.behaviour import insufficient, redundant_calls
@@ -321,7 +321,7 @@ def column(row: dict, name: str) -> list[float]:
 
 def training_log(folder: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl, one per step."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for _, line in read_lines(folder / "metrics.jsonl")]
 
 
 def curves(jobs: list[Job]) -> dict[str, list]:

@@ -197,7 +197,7 @@ def read_groups(path: str, questions: dict[str, Question]) -> list[Group]:
     groups: dict[str, Group] = {}
     for number, row in tqdm(read_jsonl(path), desc="grade", unit="trajectory"):
         try:
-            t = Trajectory.from_json(json.dumps(row))
+            t = Trajectory.from_row(row)
         except ValueError as e:
             raise DataError(f"{path}:{number}: {e}") from None
         if t.question_id not in questions:

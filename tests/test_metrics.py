@@ -80,6 +80,26 @@ def test_math_equal_on_graded_pairs():
         ("x=4", "5", False),
         ("2", ["1", "2"], True),
         ("3", ["1", "2"], False),
+        ("2e-05", "2 \\times 10^{-5}", True),
+        ("10^5", "1e5", True),
+        ("(2e-05,3)", "(0.00002,3)", True),
+        ("2e - 1", "2e-1", True),  # Euler's e stays possible
+        ("1\\%", "1e-4", False),
+        ("12.5\\%", "12.5", True),
+        ("12.5", "12.5\\%", True),
+        ("12.5 percent", "0.125", True),
+        ("12.5\\text{ percent}", 12.5, True),
+        ("50\\%", "5000", False),
+        ("0.5\\%", "50\\%", False),
+        ("33\\frac{1}{3}\\%", "\\frac{100}{3}", True),
+        ("33\\frac{1}{3}\\%", "33\\frac{2}{3}\\%", False),  # math-verify reads 33 in both
+        ("3 \\times 10^{-7}", "0.0000002", False),  # math-verify rounds to six decimals
+        ("1.6 \\times 10^{-19}", "6.62 \\times 10^{-34}", False),
+        ("\\frac{1}{2^{99}}", "\\frac{1}{2^{98}}", False),
+        ("\\frac{1}{3000}", "0.000333333333333333", True),
+        ("e5", "5e", True),
+        ("1e-400", "0", False),
+        ("0.5", "We add 3 and 4, so it is $\\boxed{\\frac{1}{2}}$. " + "So it is. " * 60, True),  # a worked solution
     ],
 )
 def test_math_equal_through_the_worker_and_types_of_gold(prediction, gold, expected):
@@ -100,6 +120,9 @@ def test_math_equal_through_the_worker_and_types_of_gold(prediction, gold, expec
         ("12345678901.0", "12345678902", False),
         ("58.5", "58,500", False),
         ("−5", "-5", True),
+        ("2e-05", "0.00002", True),  # so do small ones
+        ("1.5E+3", "1,500", True),
+        ("2e-05", "0.00003", False),
         ("yes", "yes", True),
         ("", "5", False),
         ("  ", "", False),
@@ -175,6 +198,10 @@ def test_f1_by_hand():
     assert f1("1984", 1984) == 1 and f1("", "x") == 0 and f1("x", []) == 0
     assert f1_et("the U.S.", "U.S.") == 1 and f1_et("us", "U.S.") == 0 and f1("us", "U.S.") == 1  # punctuation is kept
     assert f1_et("yes it is", "yes") == pytest.approx(0.5)
+    for only in ("A", "The", "+"):  # nothing but an article or punctuation
+        assert exact_match(only, [only]) == f1(only, only) == f1_et(only, only) == 1
+        assert exact_match("", only) == f1("", only) == exact_match("x", only) == 0
+    assert exact_match("", [""]) == 0 and exact_match("an A", "a") == 0 and f1("\\text{a}", "A") == 1
     assert exact_match("The Beatles!", ["x", "beatles"]) == 1 and exact_match("beatle", "beatles") == 0
 
 

@@ -54,6 +54,7 @@ R = "<tool_response>\n2\n</tool_response>"
         ("<python> x = 1\nif x:\n    x\n</python>", [("python", "x = 1\nif x:\n    x")]),
         ("<python>\n```python\nprint(1)\n```\n</python>", [("python", "print(1)")]),
         ("<python>```\n\nprint(1)```</python>", [("python", "print(1)")]),
+        ("<python>\n  a = 'x\u2028y'\n  a\n</python>", [("python", "a = 'x\u2028y'\na")]),
         ("<python>a < b and c > d</python>", [("python", "a < b and c > d")]),
         ("< search>q</search> <Search>q</Search> <search >q</search>", []),
     ],

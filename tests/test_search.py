@@ -314,6 +314,12 @@ def test_client_sends_and_reads_the_original_formats(recorded):
     assert Recorded.requests[1] == ("/retrieve", {"queries": ["q"], "topk": 3, "return_scores": True})
 
 
+def test_half_a_surrogate_pair_from_a_server_can_be_written(recorded):
+    Recorded.answers = [(200, b'[[[{"id": "7", "contents": "\\"A \\ud83d\\"\\nb \\ude00 \\ud83d\\ude00"}]], [[1.5]]]')]
+    assert run_search(SearchClient(recorded), "q").text == "A ?\nb ? 😀"
+    assert ToolResult("of a fork \ud83d", False, "\ud83d", 0.0).text == "of a fork ?"
+
+
 @pytest.mark.parametrize(
     "answers, tries, problem",
     [

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -488,6 +489,17 @@ def test_adapter_folder_goes_on_from_its_adapter(flags, tmp_path):
     assert second["entropy"] != fresh["entropy"]
 
 
+def test_resume_keeps_lines_whole_and_drops_what_a_kill_cut(tmp_path):
+    rows = [{"step": step, "response": f"{step} a\u2028b\x85c é"} for step in (1, 2, 3, 4)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path = tmp_path / "samples.jsonl"
+    for cut in (0, 1, 4, 5):  # in the middle of é, and before the last line feed
+        path.write_bytes(text.encode()[: len(text.encode()) - cut])
+        run.Run(tmp_path, None, None).forget_after(3)
+        assert [json.loads(line) for line in path.read_bytes().decode().removesuffix("\n").split("\n")] == rows[:3]
+        assert path.read_bytes().endswith(b"\n")
+
+
 # ---------------------------------------------------------------------------------------------------- SFT
 
 
@@ -648,6 +660,144 @@ def test_bad_data_is_named_before_any_training(flags, lines, message, monkeypatc
 def test_chats_of_a_wrong_shape_are_named(row, message):
     with pytest.raises(DataError, match=f"here: {message}"):
         train_sft.from_messages(row, None, "here")
+
+
+MESSAGE = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+HEAD = "{% for m in messages %}"
+TAIL = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+LAST = "(loop.last and m.role == 'assistant')"
+CALLS = "{% for c in m.tool_calls or [] %}<tool_call>{{ (c.function or c).name }}</tool_call>{% endfor %}"
+TEMPLATES = {
+    "plain": HEAD + MESSAGE + TAIL,
+    "strips": HEAD + MESSAGE.replace("m.content", "m.content.split('</think>')[-1]") + TAIL,  # R1's
+    "strips earlier": HEAD
+    + MESSAGE.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])")
+    + TAIL,
+    "empty think": HEAD  # Qwen3's
+    + "<|im_start|>{{ m.role }}\n"
+    + "{% if " + LAST + " and '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
+    + "{% if '</think>' in m.content %}<think>\n{{ m.content.split('</think>')[0].split('<think>')[-1].strip() }}"
+    + "\n</think>\n\n{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}"
+    + CALLS + "<|im_end|>\n"
+    + TAIL,
+    "opens": HEAD + MESSAGE + TAIL.replace("assistant\n", "assistant\n<think>\n"),
+    "trims": HEAD + MESSAGE.replace("m.content", "m.content | trim") + TAIL,
+    "spaces": HEAD + MESSAGE.replace("{{ m.content", "{{ ' ' if m.role == 'assistant' else '' }}{{ m.content") + TAIL,
+    "adds": HEAD + MESSAGE.replace("{{ m.c", "{{ 'final:' if m.role == 'assistant' else '' }}{{ m.c") + TAIL,
+    "no calls": HEAD + MESSAGE + TAIL,
+    "calls only": HEAD
+    + MESSAGE.replace("{{ m.content }}", "{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}")
+    + TAIL,
+}  # fmt: skip
+THOUGHT = "<think>17*23</think>The answer is 391."
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]}
+
+
+def chat(*contents):
+    messages = ({"role": "user" if i % 2 == 0 else "assistant", "content": c} for i, c in enumerate(contents))
+    return {"messages": list(messages)}
+
+
+def trained(row, template, read=train_sft.from_messages):
+    """(what has loss, the whole text) of an SFT row under a template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATES[template]
+    t = read(row, tokenizer, "here")
+    return tokenizer.decode([i for i, m in zip(t.token_ids, t.loss_mask) if m]), tokenizer.decode(t.token_ids)
+
+
+@pytest.mark.parametrize(
+    "template, contents, target",
+    [
+        ("plain", ["q", THOUGHT], THOUGHT),
+        ("strips", ["q", THOUGHT], THOUGHT),
+        ("strips", ["q", "391"], "391"),
+        ("strips earlier", ["q", THOUGHT], THOUGHT),
+        ("empty think", ["q", "391"], "391"),
+        ("empty think", ["q", THOUGHT], THOUGHT),
+        ("empty think", ["q", "<think>\n\n</think>\n\n391"], "<think>\n\n</think>\n\n391"),
+        ("empty think", ["q", "391", "q", "392"], "391<|im_end|>392"),
+        ("opens", ["q", THOUGHT], "17*23</think>The answer is 391."),
+        ("opens", ["q", "<think>\n17*23</think>391"], "17*23</think>391"),
+        ("trims", ["q", " 391\n", "q", "392 "], "391<|im_end|>392"),
+        ("spaces", ["q", "391", "q", "392"], " 391<|im_end|> 392"),
+    ],
+)
+def test_chats_train_what_the_row_says(template, contents, target):
+    assert trained(chat(*contents), template)[0] == target + "<|im_end|>"
+    if template == "opens":  # the thought that the template opens is in the context, once, and has no loss
+        whole = trained(chat(*contents), template)[1]
+        assert whole.count("<think>") == 1 and whole.endswith("assistant\n<think>\n" + target + "<|im_end|>")
+
+
+def test_a_call_without_thoughts_is_trained_under_a_template_that_adds_them():
+    question, answer = chat("q", "5")["messages"]
+    row = {"messages": [question, CALL, {"role": "tool", "content": "5"}, answer]}
+    assert trained(row, "empty think")[0] == "<tool_call>add</tool_call><|im_end|>5<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "template, row, message",
+    [
+        ("strips", chat("q", THOUGHT, "q", "a"), "the chat template changes messages before number 3 when the chat"),
+        ("strips earlier", chat("q", THOUGHT, "q", "a"), "the chat template changes messages before number 3"),
+        ("opens", chat("q", "391"), "part 1: the chat template opens a thought, which its text does not"),
+        ("adds", chat("q", "391"), "field 'messages' part 1: the chat template puts 'final:' before its text"),
+        ("no calls", {"messages": [{"role": "user", "content": "q"}, CALL]}, "leaves out its call of 'add'"),
+        (
+            "calls only",
+            {"messages": [{"role": "user", "content": "q"}, CALL | {"content": "I add."}]},
+            "leaves out its text 'I add.'",
+        ),
+        (
+            "plain",
+            {"messages": [*chat("q")["messages"], {"role": "assistant", "content": "a", "reasoning_content": "r"}]},
+            "leaves out its reasoning_content 'r'",
+        ),
+        ("plain", chat("q", "a") | {"system": "be brief"}, "field 'system' would not reach the prompt"),
+    ],
+)  # fmt: skip
+def test_chats_that_a_template_changes_are_refused(template, row, message):
+    with pytest.raises(run.DataError, match=f"here: .*{message}"):
+        trained(row, template)
+
+
+def test_pairs_of_prompt_and_completion():
+    def read(row):
+        return trained(row, "plain", train_sft.from_pair)
+
+    assert read({"prompt": "2+2=", "completion": " 4"}) == (" 4<|im_end|>", "2+2= 4<|im_end|>")
+    assert read({"prompt": "2+2=", "completion": " 4<|im_end|>"})[0] == " 4<|im_end|>"
+    prompt, completion = chat("q", "a", "r")["messages"], [{"role": "assistant", "content": "b"}]
+    target, whole = read({"prompt": prompt, "completion": completion})
+    assert target == "b<|im_end|>" and "assistant\na<|im_end|>" in whole  # an earlier answer is context
+    for row, message in (
+        ({"prompt": prompt, "completion": "b"}, "field 'prompt' is .*both are texts or both lists"),
+        ({"completion": "b"}, "field 'prompt' is 'None'"),
+        ({"prompt": prompt, "completion": ["b"]}, "field 'completion' part 0 has no text 'role'"),
+        ({"prompt": prompt, "completion": prompt[:1]}, "field .messages. needs an assistant message"),
+    ):
+        with pytest.raises(run.DataError, match=f"here: {message}"):
+            read(row)
+
+
+def test_sft_rows_from_every_kind_of_file(sft_flags, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    args, tokenizer = train_sft.Args(**sft_flags), byte_tokenizer()
+    rows = [{"prompt": "a", "completion": "b"}, chat("q", "x"), {"messages": [*chat("q")["messages"], CALL]}]
+    tokenizer.chat_template = TEMPLATES["empty think"]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress((tmp_path / "x.jsonl").read_bytes()))
+    columns = dict.fromkeys(("prompt", "completion", "messages"))
+    parquet.write_table(pyarrow.Table.from_pylist([columns | row for row in rows]), tmp_path / "x.parquet")
+    (tmp_path / "x.csv").write_text("prompt,completion\na,b\n")
+
+    def texts(name):
+        path = str(tmp_path / name)
+        return [tokenizer.decode(t.token_ids) for t in train_sft.load_examples(path, tokenizer, args, len(tokenizer))]
+
+    assert texts("x.jsonl") == texts("x.jsonl.gz") == texts("x.parquet")
+    assert texts("x.csv") == texts("x.jsonl")[:1] == ["ab<|im_end|>"]
 
 
 @pytest.mark.parametrize("response", ["x", ["x"], [{"role": "model"}]])

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import gzip
 import json
 
 import pytest
@@ -18,6 +19,7 @@ from core.trajectory import (
     load_trajectories,
     read_jsonl,
     save_trajectories,
+    write_jsonl,
 )
 
 
@@ -110,6 +112,56 @@ def test_read_jsonl(tmp_path):
         list(read_jsonl(path))
     with pytest.raises(DataError, match="no such file"):
         list(read_jsonl(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("NaN", "field 'extra.x[1]' is nan"),
+        ("-Infinity", "field 'extra.x[1]' is -inf"),
+        ("1e999", "field 'extra.x[1]' is inf"),
+        (r'"a \ud83d"', "field 'extra.x[1]' holds half a surrogate pair: 'a \\ud83d'"),
+        (r'{"\ud83d": 1}', "field 'extra.x[1].\\ud83d' holds half"),
+        ("1" * 5000, "not valid JSON: Exceeds the limit"),
+        ("[" * 100_000, "not valid JSON: maximum recursion"),
+    ],
+)
+def test_what_cannot_be_written_again_is_refused_when_read(tmp_path, value, message):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": 1, "extra": {"x": [0, %s]}}\n' % value)
+    with pytest.raises(DataError) as found:
+        list(read_jsonl(tmp_path / "x.jsonl"))
+    assert f"x.jsonl:2: {message}" in ascii(str(found.value)).replace("\\\\", "\\").replace("\\'", "'")
+    t = make().to_json().replace('"gold": ["a", "b"]', f'"gold": {value}')
+    (tmp_path / "x.jsonl").write_text(t + "\n")
+    with pytest.raises(DataError, match=r"x\.jsonl:1: "):
+        load_trajectories(tmp_path / "x.jsonl")
+
+
+def test_nothing_is_written_that_is_refused_when_read(tmp_path):
+    with pytest.raises(ValueError):
+        write_jsonl(tmp_path / "x.jsonl", [{"a": float("nan")}])
+
+
+def test_jsonl_of_other_editors_and_gzip(tmp_path):
+    rows = [(1, {"a": "x\u2028y\x85z"}), (3, {"a": "é"})]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for _, row in rows)
+    for name, content in (
+        ("bom.jsonl", b"\xef\xbb\xbf" + text.encode()),
+        ("crlf.jsonl", text.replace("\n", "\r\n").encode()),
+        ("x.jsonl.gz", gzip.compress(text.encode())),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert list(read_jsonl(tmp_path / name)) == rows
+    save_trajectories(tmp_path / "t.jsonl", [make()])
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress((tmp_path / "t.jsonl").read_bytes()))
+    assert load_trajectories(tmp_path / "t.jsonl.gz") == [make()]
+    for content in (b"plain", gzip.compress(text.encode())[:-9], gzip.compress(text.encode())[:20]):
+        (tmp_path / "x.jsonl.gz").write_bytes(content)
+        with pytest.raises(DataError, match=r"x\.jsonl\.gz: cannot be read"):
+            list(read_jsonl(tmp_path / "x.jsonl.gz"))
+    (tmp_path / "x.jsonl").write_bytes(text.encode("utf-16"))
+    with pytest.raises(DataError, match="not UTF-8 text"):
+        list(read_jsonl(tmp_path / "x.jsonl"))
 
 
 def test_groups_keep_order():

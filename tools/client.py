@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from core.trajectory import writable
+
 
 class ServerError(RuntimeError):
     """A server could not be reached, refused the request or gave no readable answer."""
@@ -19,7 +21,7 @@ class ServerError(RuntimeError):
 def request_json(
     url: str, body: dict | None = None, key: str = "", timeout: float = 60.0, retries: int = 4, backoff: float = 0.5
 ) -> Any:
-    """The decoded answer to a GET (no body) or a POST of JSON.
+    """The decoded answer to a GET (no body) or a POST of JSON; half a surrogate pair in it becomes "?".
 
     timeout: seconds per attempt. retries: further attempts, after backoff, 2·backoff, 4·backoff … seconds, on what may
     pass: no connection, a timeout, HTTP 408, 429 and 5xx, an unreadable answer. key: bearer token; a redirect does not
@@ -34,7 +36,8 @@ def request_json(
             time.sleep(backoff * 2 ** (attempt - 1))
         try:
             with urllib.request.urlopen(request, timeout=timeout) as reply:
-                return json.loads(reply.read())
+                answer = json.loads(reply.read())
+                return json.loads(writable(json.dumps(answer, ensure_ascii=False)))
         except urllib.error.HTTPError as e:
             problem = f"HTTP {e.code} {e.read(200).decode('utf-8', 'replace')}"
             if e.code < 500 and e.code not in (408, 429):

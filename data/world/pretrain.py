@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from core.trajectory import DataError
+from core.trajectory import DataError, read_lines
 from data.world.facts import RATES, STYLE, Fact, World
 from data.world.text import MIX, Demonstration, demonstrate
 from data.world.tokenizer import build_tokenizer
@@ -270,7 +270,7 @@ def _finished(output: Path, config: dict) -> bool:
 
 def _read_log(output: Path) -> list[dict]:
     path = output / "pretrain_log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for _, line in read_lines(path)] if path.exists() else []
 
 
 def _write_log(output: Path, log: list[dict]) -> None:

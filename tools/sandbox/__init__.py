@@ -23,6 +23,7 @@ import time
 import warnings
 from dataclasses import dataclass
 
+from core.trajectory import writable
 from tools.sandbox.jail import remove
 from tools.sandbox.setup import command_line, environment, libraries, process_limit, rlimits_warning, spare_user
 
@@ -46,6 +47,9 @@ class ToolResult:
     ok: bool
     error: str | None
     seconds: float
+
+    def __post_init__(self):  # half a surrogate pair would end the run when the trajectory is written
+        self.text, self.error = writable(self.text), self.error and writable(self.error)
 
 
 class WorkerError(RuntimeError):
