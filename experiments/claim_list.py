@@ -7,8 +7,21 @@ were added when rows of others were known (git log).
 from typing import NamedTuple
 
 from experiments.variants import (
-    CAPS, DENSE, DENSE_WITH_ANSWER, FIRST_RUNS, MARGINS, PENALTIES, REGULARISERS, RUNS, SEGMENTS, SELECTORS, SHARES,
-    SIGMAS, SPARSE, SPARSE_WITH_ANSWER, WITH_ANSWER,
+    CAPS,
+    DENSE,
+    DENSE_WITH_ANSWER,
+    FIRST_RUNS,
+    MARGINS,
+    PENALTIES,
+    REGULARISERS,
+    RUNS,
+    SEGMENTS,
+    SELECTORS,
+    SHARES,
+    SIGMAS,
+    SPARSE,
+    SPARSE_WITH_ANSWER,
+    WITH_ANSWER,
 )  # fmt: skip
 
 

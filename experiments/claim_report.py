@@ -16,6 +16,7 @@ from experiments.cells import column
 from experiments.claim_list import Claim
 from experiments.entropy_pilot import LABELS
 from experiments.figures import calls_and_correctness, pyplot, save
+from experiments.frontier import draw_frontier, frontier_table
 from experiments.variants import VARIANTS, WORLDS
 
 Rows = dict[tuple[str, int], dict]  # (variant, seed) -> its row of rows.jsonl
@@ -57,6 +58,12 @@ def write_report(folder: Path, claims: dict[str, Claim], rows: Rows, seeds: int)
         "- some of the held-out questions with tools also occur in training, word for word: the world has few sums and "
         "facts (the reproduction's report counts them)",
         "", "Number of pairs by verdict:", "", table(["claim", "says", *WORDS], overview), "",
+        "## The price frontier", "",
+        "Does a method beat a plain price on calls? GRPO with the reward S − λ n, n calls, gives a curve of correctness "
+        "over calls; height is a method's correctness above that curve at its own number of calls, with a 95 % interval "
+        "over seeds and questions. A method is worth its code if it lies above.", "",
+        table(["world", "method", "seeds", "calls", "correctness", "height", "so it lies"], frontier_table(rows, seeds)), "",
+        "![Correctness over calls](frontier.png)", "",
         "![Calls and correctness](calls.png)", "", "![Thinking over the steps of training](modes.png)", "",
     ]  # fmt: skip
     for name, claim in claims.items():
@@ -78,6 +85,7 @@ def write_report(folder: Path, claims: dict[str, Claim], rows: Rows, seeds: int)
     parts += ["## Not run", "", f"Cells as variant/seeds: {missing}.", ""]
     folder.mkdir(parents=True, exist_ok=True)
     draw_calls(folder / "calls.png", rows)
+    draw_frontier(folder / "frontier.png", rows)
     draw_modes(folder / "modes.png", rows)
     write_text(folder / "report.md", "\n".join(parts))
     return verdicts

@@ -21,15 +21,17 @@ from core.trajectory import DataError, read_jsonl, write_jsonl
 from experiments.cells import Cell, CellArgs, plan_cell, row_file, run_cell
 from experiments.claim_list import CLAIMS, Claim
 from experiments.claim_report import in_short, variants_of, write_report
-from experiments.variants import VARIANTS
+from experiments.variants import FRONTIERS, VARIANTS
 from experiments.workers import run_missing
+
+FRONTIER = "frontier"  # what --only calls the cells of experiments/frontier.py
 
 
 @dataclass
 class Args(CellArgs):
     """Flags; the defaults are those of the published table."""
 
-    only: list[str] = arg([], "claims to run or list")
+    only: list[str] = arg([], "claims to run or list; frontier: the price frontier")
     full: bool = arg(False, "all claims")
     list: bool = arg(False, "print what is done and what is missing, and run nothing")
     report: bool = arg(False, "write the report from the rows, and run nothing")
@@ -41,8 +43,8 @@ class Args(CellArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        if unknown := [name for name in self.only if name not in CLAIMS]:
-            raise ValueError(f"--only: unknown claim {unknown[0]!r}, known are {', '.join(CLAIMS)}")
+        if unknown := [name for name in self.only if name not in (*CLAIMS, FRONTIER)]:
+            raise ValueError(f"--only: unknown claim {unknown[0]!r}, known are {', '.join(CLAIMS)}, {FRONTIER}")
         variant, _, seed = self.cell.partition("/")
         if self.cell and (variant not in VARIANTS or not seed.isdecimal()):
             raise ValueError(f"--cell {self.cell!r} is not VARIANT/SEED with a variant of experiments/variants.py")
@@ -60,14 +62,14 @@ def main(args: Args) -> dict[str, list[str]]:
         print(json.dumps(row["metrics"], indent=1))
         return {}
     chosen = {name: claim for name, claim in CLAIMS.items() if name in args.only or not args.only}
-    cells = cells_of(chosen, args)
+    cells = cells_of(chosen, args, FRONTIER in args.only or not args.only)
     rows = collect_rows(cells, args)
     if args.list:
         print(listing(chosen, cells, rows))
         return {}
     todo = [] if args.report else [cell for key, cell in cells.items() if key not in rows]
     problems = run_missing(todo, args, args.max_minutes) if todo else []
-    rows = collect_rows(cells_of(CLAIMS, args), args)  # the report is of all claims, whatever ran now
+    rows = collect_rows(cells_of(CLAIMS, args, True), args)  # the report is of all claims, whatever ran now
     verdicts = write_report(Path(args.results), CLAIMS, rows, args.seeds)
     missing = [key for key in cells if key not in rows]
     print(f"{len(cells) - len(missing)} of {len(cells)} cells done; report: {Path(args.results) / 'report.md'}")
@@ -78,9 +80,14 @@ def main(args: Args) -> dict[str, list[str]]:
     return {name: verdicts[name] for name in chosen}
 
 
-def cells_of(claims: dict[str, Claim], args: Args) -> dict[tuple[str, int], Cell]:
-    """Every cell that the claims need, in the order in which they are worth running: claim by claim, seed by seed."""
-    keys = [(v, seed) for claim in claims.values() for seed in range(args.seeds) for v in variants_of([claim])]
+def cells_of(claims: dict[str, Claim], args: Args, frontier: bool = False) -> dict[tuple[str, int], Cell]:
+    """Every cell that the claims (and the price frontier) need, in the order in which they are worth running.
+
+    That is seed by seed: first those of the frontier, which asks the first question of all, then claim by claim.
+    """
+    against = [prices + methods for prices, methods in FRONTIERS.values()] if frontier else []
+    needed = [*against, *(variants_of([claim]) for claim in claims.values())]
+    keys = [(v, seed) for variants in needed for seed in range(args.seeds) for v in variants]
     return {key: plan_cell(*key, args) for key in dict.fromkeys(keys)}
 
 

@@ -78,6 +78,7 @@ SELECTORS = ("pareto", "random", "s_corr_only", "s_tool_only")
 SIGMAS = {f"sigma_{sigma}_{advantage}": (sigma, advantage) for sigma in (0.1, 0.5, 2.0)
           for advantage in ("grpo", "grpo_no_std")}  # fmt: skip
 PENALTIES = (0.05, 0.1, 0.3)
+PRICES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)  # λ of the price frontier
 CAPS = (2, 3)
 
 
@@ -116,9 +117,13 @@ for name, (sigma, advantage) in SIGMAS.items():
     declare(f"{name}_falling", "noisy", rl(**flags, sigma_schedule="linear"))
 for penalty in PENALTIES:
     declare(f"rl_price_{penalty}", "noisy", rl(reward="calls_penalty", call_penalty=penalty))
-for cap in CAPS:
-    calls = {"max_tool_calling_iterations": cap}
-    declare(f"rl_cap_{cap}", "noisy", rl(**NO_BEHAVIOUR, **calls), **calls)
+for world, at in (("noisy", ""), ("plain", "_plain")):
+    for price in PRICES:
+        declare(f"rl_price{at}_{price}", world, rl(reward="calls_penalty", call_penalty=price))
+    declare(f"rl_otc{at}", world, rl(reward="otc"), label="OTC-PO")
+    for cap in CAPS:
+        calls = {"max_tool_calling_iterations": cap}
+        declare(f"rl_cap_{cap}{at}", world, rl(**NO_BEHAVIOUR, **calls), label=f"at most {cap} calls", **calls)
 for branching in ("arpo", "random"):
     declare(f"rl_et_{branching}", "noisy", rl(**ET, branching=branching))
 declare("rft_no_hint", "noisy", *rft(operators=NO_HINT))
@@ -236,6 +241,28 @@ for indicator in ("random", "oracle", "reference"):
     entropy(f"en_sparse_{indicator}", reward="entropy_sparse", indicator=indicator)
 for penalty in PENALTIES:
     entropy(f"en_price_{penalty}", reward="calls_penalty", call_penalty=penalty)
+for world, at in (("noisy", ""), ("plain", "_plain")):
+    for price in PRICES:
+        entropy(f"en_price{at}_{price}", world, reward="calls_penalty", call_penalty=price)
+
+# ---------------------------------------------------------------------------------------------------- price frontier
+
+MARKS = tuple(f"en_sparse_{indicator}" for indicator in ("random", "oracle", "reference"))
+FRONTIERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # panel -> its prices, the methods held against them
+    f"{world} world, {how}": (tuple(f"{kind}_price{at}_{price}" for price in PRICES), tuple(v + at for v in methods))
+    for world, at in (("noisy", ""), ("plain", "_plain"))
+    for how, kind, methods in (
+        ("thinking free", "rl", ("rl_et", "rl_otc", *(f"rl_cap_{cap}" for cap in CAPS))),
+        ("always thinking, KL", "en", (SPARSE, DENSE, *(MARKS if world == "noisy" else ()))),
+    )
+}
+for name, label in (
+    ("rl_et", "ET-Agent"), (SPARSE, "entropy, sparse"), (DENSE, "entropy, dense"), (MARKS[0], "random marks"),
+    (MARKS[1], "oracle marks"), (MARKS[2], "marks of a frozen model"),
+):  # fmt: skip
+    for at in ("", "_plain"):
+        if name + at in VARIANTS:
+            VARIANTS[name + at] = VARIANTS[name + at]._replace(label=label)
 
 # ---------------------------------------------------------------------------------------------------- reproduction
 

@@ -19,13 +19,24 @@ from core.trajectory import DataError, ToolCall, Trajectory, read_jsonl
 from eval.intervals import Interval
 from experiments import cells, claims, workers
 from experiments.cells import (
-    EVAL_SEED, Job, column, compact, curves, hard_ids, locked, measure, module_of, plan_cell, reached, row_file,
+    EVAL_SEED,
+    Job,
+    column,
+    compact,
+    curves,
+    hard_ids,
+    locked,
+    measure,
+    module_of,
+    plan_cell,
+    reached,
+    row_file,
     run_cell,
 )  # fmt: skip
 from experiments.claim_list import CLAIMS, Claim
 from experiments.claim_report import calls_table, decide, difference, seeds_for_margin, variants_table, write_report
 from experiments.claims import cells_of, collect_rows
-from experiments.variants import REPRODUCTION, VARIANTS, WORLDS
+from experiments.variants import FRONTIERS, REPRODUCTION, VARIANTS, WORLDS
 from experiments.workers import next_cell, run_missing
 
 COLUMNS = {"correctness", "efficiency", "calls", "redundant", "insufficient", "tokens", "thinking"}
@@ -61,6 +72,7 @@ def test_claims_compare_variants_of_one_world_by_columns_that_rows_have():
             assert not subset or (subset in ("hard", "easy") and WORLDS[first].sums), name
             assert claim.margin is None or claim.metric != "correctness", name
     used = {v for claim in CLAIMS.values() for pair in claim.pairs for v in pair}
+    used |= {v for prices, methods in FRONTIERS.values() for v in (*prices, *methods)}
     used |= {v for variants in REPRODUCTION.values() for v in variants}
     assert used == set(VARIANTS), set(VARIANTS) ^ used
 

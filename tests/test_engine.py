@@ -17,7 +17,6 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rollout as r
-from bench import rollout
 from bench.rollout import scripted_noise
 from core import conversation as c
 from core.model import ModelArgs, load_policy
