@@ -250,7 +250,7 @@ def finish_edits(
     calling = [d for d in drafts if not d.finish and parse_calls(turn_text(d), d.dialect)]
     with ThreadPoolExecutor(args.tool_workers) as pool:
         pending = submit_calls(calling, toolbox, evolving, set(eos_ids(model, tokenizer)), pool)
-        collect_results(pending, evolving.max_completion_length, tokenizer)
+        collect_results(pending, evolving, tokenizer)
     complete(model, tokenizer, drafts, evolving, toolbox)
 
 

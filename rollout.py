@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from core.args import arg, cli, require_positive
 from core.conversation import Draft, show_prompt, to_trajectory
 from core.model import ModelArgs, device, load_policy
-from core.run import drop_torn_line, other_setting, write_text
+from core.run import drop_torn_line, keep_date, other_setting, write_text
 from core.trajectory import DataError, Question, Trajectory, load_trajectories, save_trajectories
 from data.questions import load_questions
 from engines import fast, hf, openai
@@ -160,7 +160,9 @@ def sample(args: Args) -> list[Trajectory]:
     if output.is_dir():
         raise DataError(f"--output {output} is a folder; name the file to write")
     check_index(args.index)
-    if output.exists() and not args.overwrite:
+    goes_on = output.exists() and not args.overwrite
+    keep_date(args, config if goes_on else None)
+    if goes_on:
         if not config.exists():
             raise DataError(f"--output {output} exists without a {config.name}; choose another file or --overwrite")
         if other := other_setting(json.loads(config.read_text()), args):

@@ -57,7 +57,7 @@ from data.questions import load_questions
 from engines.args import SamplingArgs
 from engines.merged import merged_copy, refresh
 from engines.toolbox import check_index, open_tools
-from engines.turns import check_prompts
+from engines.turns import check_prompts, start_draft
 from eval.grader import grade
 from grpo.advantages import ADVANTAGES, LossType, token_weights
 from grpo.checks import check_trajectories, masked_tokens_have_no_gradient, sampler_mismatch
@@ -232,7 +232,8 @@ def train(args: Args) -> dict:
     metrics = state.get("metrics", {})
     constraint = EntropyState(**state["entropy_state"]) if state else first_entropy_state(args)
     sampler = model if args.rollout_dtype == "policy" else merged_copy(model, args.rollout_dtype)
-    opening = mode_tokens(tokenizer) if args.mode == "auto" else 0
+    written = "".join(piece for *_, piece in start_draft(questions[0], 0, tokenizer, args, ()).segments)
+    opening = mode_tokens(tokenizer, written) if args.mode == "auto" else 0
 
     steps = range(first, args.max_steps)
     bar = tqdm(steps, initial=first, total=args.max_steps, desc="rl", unit="step", disable=distributed.rank() > 0)

@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import jinja2
@@ -26,7 +27,22 @@ from transformers import PreTrainedTokenizerBase
 from core import distributed
 from core.args import RunArgs, arg, cli, require_positive
 from core.checkpoint import resume, save_checkpoint
-from core.conversation import Draft, dialect_of, encode, render_prompt, result_text, to_trajectory
+from core.conversation import (
+    Draft,
+    behind_opening,
+    check_declared,
+    check_template,
+    decode,
+    dialect_of,
+    encode,
+    literal,
+    open_draft,
+    render,
+    results_segments,
+    split_opening,
+    to_trajectory,
+    turn_end,
+)
 from core.model import (
     ModelArgs,
     OptimizerName,
@@ -199,24 +215,29 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, args: Args, voc
 def from_demonstration(row: dict, tokenizer: PreTrainedTokenizerBase, where: str) -> Trajectory:
     """Tokenise a written response exactly as a rollout would have built it: part by part, results with mask 0.
 
-    row["response"]: [{"role": "model", "text": …}, {"role": "tool", "text": …}, …].
+    row["response"]: [{"role": "model", "text": …}, {"role": "tool", "text": …, "name": …}, …]; `name` may be missing.
     """
     question = question_of(row, where, default_id=where)
-    dialect = dialect_of(question, "tags")
-    prompt = encode(tokenizer, render_prompt(question, tokenizer, dialect))
-    draft = Draft(question, 0, dialect, 0, prompt, len(prompt), finish="eos", sampled=False)
     check_parts(row["response"], "response", ("role", "text"), where)
     for i, part in enumerate(row["response"]):
-        if part["role"] == "model":
-            text = part["text"]
-            if dialect == "hermes" and not text.endswith(tokenizer.eos_token):
-                text += tokenizer.eos_token  # turns of this dialect end at eos; with tags they end at a tag
-            draft.append("model", encode(tokenizer, text), text)
-        elif part["role"] == "tool":
-            text = result_text([part["text"]], tokenizer, dialect)
-            draft.append("tool", encode(tokenizer, text), text)
-        else:
+        if part["role"] not in ("model", "tool"):
             raise DataError(f"{where}: field 'response' part {i}: role {part['role']!r} is not 'model' or 'tool'")
+    dialect, end = dialect_of(question, "tags"), turn_end(tokenizer)
+    check_template(question, tokenizer, dialect)
+    draft = open_draft(question, tokenizer, dialect)
+    draft.finish, draft.sampled = "eos", False
+    for role, parts in groupby(row["response"], key=lambda part: part["role"]):
+        parts = list(parts)
+        if role == "tool":
+            results, names = [p["text"] for p in parts], [p.get("name") or "tool" for p in parts]
+            for who, ids in results_segments(results, names, draft, tokenizer):
+                draft.append(who, ids, decode(tokenizer, ids))
+            continue
+        for part in parts:
+            opening = draft.segments[-1][3] if draft.segments and draft.segments[-1][0] == "given" else ""
+            text = behind_opening(part["text"], opening)
+            ended = text.endswith(end) or dialect == "hermes"  # where turns end at eos; with tags they end at a tag
+            draft.write("model", literal(text.removesuffix(end), tokenizer) + end * ended, tokenizer)
     return to_trajectory(draft, tokenizer)
 
 
@@ -257,37 +278,38 @@ def from_messages(row: dict, tokenizer: PreTrainedTokenizerBase, where: str, fir
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
     if not turns or turns[0] == 0:
         raise DataError(f"{where}: field 'messages' needs an assistant message after the first")
+    chat = [m if m["role"] == "system" else literal(m, tokenizer) for m in messages]
+    if tools:
+        check_declared(chat[: turns[0]], tools, tokenizer, f"{where}: leave out field 'tools' or take another model")
 
-    def render(shown: list[dict], opening: bool) -> str:
-        return tokenizer.apply_chat_template(shown, tools=tools, add_generation_prompt=opening, tokenize=False)
+    def shown(part: list[dict], opening: bool) -> str:
+        return render(part, tokenizer, tools, opening)
 
     question = Question(str(row.get("id", where)), messages[turns[0] - 1]["content"], "", "qa")
     draft, done = None, ""
     for i in turns:
-        before = render(messages[:i], True)
+        before = shown(chat[:i], True)
         if not before.startswith(done):
             raise DataError(f"{where}: the chat template changes messages before number {i} when the chat goes on")
         try:
-            opening, text = own_text(messages[: i + 1], before, render)
+            opening, text = own_text(chat[: i + 1], before, shown)
         except ValueError as e:
             raise DataError(f"{where}: field 'messages' part {i}: the chat template {e}") from None
         frame = before[len(done) : len(before) - len(opening)]
         if draft is None:
-            prompt = encode(tokenizer, frame)
-            dialect = "hermes" if tools else "tags"
+            prompt, dialect = encode(tokenizer, frame, start=True), "hermes" if tools else "tags"
             draft = Draft(question, 0, dialect, 0, prompt, len(prompt), finish="eos", sampled=False)
-        elif frame:
-            draft.append("tool", encode(tokenizer, frame), frame)
-        if opening:
-            draft.append("given", encode(tokenizer, opening), opening)
-        text, end, _ = text.partition(tokenizer.eos_token)  # what follows eos is the template's
-        draft.append("model", encode(tokenizer, text + end), text + end)
+        else:
+            draft.write("tool", frame, tokenizer)
+        draft.write("given", opening, tokenizer)
+        text, end, _ = text.partition(turn_end(tokenizer))  # what follows it is the template's
+        draft.write("model", text + end, tokenizer)
         done = before + text + end
     return to_trajectory(draft, tokenizer)
 
 
 def own_text(messages: list[dict], before: str, render: Callable[[list[dict], bool], str]) -> tuple[str, str]:
-    """(opening, text): the thought that the template opens for the model, and what the last message then says.
+    """(opening, text): what the template opens the model's turn with, and what the last message then says.
 
     before: the rendered prompt of this turn, the opening at its end. The text is the row's own, then calls and what
     ends the turn as the template writes them. White space around the row's text may be the template's. ValueError if
@@ -299,9 +321,7 @@ def own_text(messages: list[dict], before: str, render: Callable[[list[dict], bo
     head, found, tail = render([*earlier, message | {"content": mark}], False).rpartition(mark)
     if content and not found:
         raise ValueError(f"leaves out its text {content[:60]!r}")
-    opened = re.search(r"<think>\s*\Z", before)
-    opening = opened[0] if opened else ""
-    frame = before.removesuffix(opening)
+    frame, opening = split_opening(before)
     head = head if found else frame
     if not head.startswith(frame):
         raise ValueError("shows the messages before it otherwise when it follows")
@@ -311,7 +331,7 @@ def own_text(messages: list[dict], before: str, render: Callable[[list[dict], bo
         text = content + tail
     if thought and thought not in added:
         raise ValueError(f"leaves out its reasoning_content {thought[:60]!r}")
-    if not thought and re.fullmatch(r"\s*<think>\s*</think>\s*", added):
+    if not thought and (re.fullmatch(r"\s*<think>\s*</think>\s*", added) or added.strip() == opening.strip()):
         added = ""
     if not thought and added.strip():
         raise ValueError(f"puts {added[:60]!r} before its text, which the row does not hold")
@@ -319,6 +339,8 @@ def own_text(messages: list[dict], before: str, render: Callable[[list[dict], bo
     if missing := [name for name in calls if name not in text]:
         raise ValueError(f"leaves out its call of {missing[0]!r}")
     text = added + text
+    if "</think>" in opening:
+        return opening, behind_opening(text, opening)
     if opening and not text.lstrip().startswith("<think>"):
         raise ValueError(f"opens a thought, which its text does not: {text[:60]!r}")
     return opening, text.lstrip().removeprefix("<think>").lstrip("\n") if opening else text

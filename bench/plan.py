@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 import train_sft
 from bench.memory import CONTEXT, LIKE_LLAMA, Decoder, Parts, Setup, decoder_of, read_config, rollout, training
 from core.args import cli
-from core.conversation import dialect_of, render_prompt
+from core.conversation import decode
 from core.model import ModelArgs, load_tokenizer
 from core.run import table
 from core.trajectory import DataError
@@ -58,13 +58,14 @@ class Plan(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- the data
 
 
-def local_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or of the hub's cache; None if it would have to be downloaded."""
+def local_tokenizer(args: ModelArgs) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer from its folder or the hub's cache; None if it would have to be downloaded."""
+    path = args.model_name_or_path
     try:
         here = Path(path).is_dir() or isinstance(try_to_load_from_cache(path, "tokenizer_config.json"), str)
     except ValueError:  # a folder that is not there yet is no valid name on the hub
         return None
-    return load_tokenizer(path) if here else None
+    return load_tokenizer(path, date=args.date) if here else None
 
 
 def by_task(rows: list[Any]) -> str:
@@ -91,12 +92,12 @@ def read_questions(args: Any) -> tuple[int, int, dict[str, Any]]:
     work = {"questions": by_task(questions)}
     if not has_index(args.index):
         work["index"] = f"{args.index} is not here: not checked"
-    tokenizer = local_tokenizer(args.model_name_or_path)
+    tokenizer = local_tokenizer(args)
     if tokenizer is None:
         return len(questions), args.max_prompt_length, work | {"prompts": "no tokenizer here: not checked"}
-    check_prompts(questions, tokenizer, args, SimpleNamespace(config=read_config(args.model_name_or_path)))
-    longest = max(start_draft(q, 0, tokenizer, args, ()).prompt_len for q in questions)
-    prompt = render_prompt(questions[0], tokenizer, dialect_of(questions[0], args.dialect))
+    model = SimpleNamespace(config=read_config(args.model_name_or_path))
+    longest = check_prompts(questions, tokenizer, args, model)
+    prompt = decode(tokenizer, start_draft(questions[0], 0, tokenizer, args, ()).ids)  # and how the response opens
     work |= {"longest prompt, tokens": longest, "a prompt": shortened(prompt)}
     return len(questions), longest, work
 
@@ -150,7 +151,7 @@ def plan_rl(args: Any, on: torch.device) -> Plan:
 def plan_sft(args: Any, on: torch.device) -> Plan:
     """train_sft.py: trains on examples as long as they are, or as --max_length allows where they cannot be read."""
     per_step, longest = args.per_device_train_batch_size * args.gradient_accumulation_steps, args.max_length
-    tokenizer = local_tokenizer(args.model_name_or_path)
+    tokenizer = local_tokenizer(args)
     work = {"examples": f"{args.data} is not here, or no tokenizer: not checked"}
     if tokenizer and Path(args.data).is_file():
         vocabulary = read_config(args.model_name_or_path).get_text_config().vocab_size

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -51,6 +52,7 @@ class ModelArgs:
     load_in_4bit: bool = arg(False, "quantise the base to 4-bit NF4 (bitsandbytes)")
     attn_implementation: str = arg("sdpa", "attention of transformers: sdpa, eager, flash_attention_2, …")
     trust_remote_code: bool = arg(False, "allow code that comes with the model")
+    date: str = arg("", "day that chat templates print, YYYY-MM-DD; default: the day on which the run was started")
     lora_r: int = arg(16, "LoRA rank")
     lora_alpha: int = arg(32, "LoRA scale is alpha / rank")
     lora_target_modules: list[str] = arg(["all-linear"], "modules that get an adapter; never the lm_head")
@@ -61,6 +63,10 @@ class ModelArgs:
         self.model_name_or_path = adapter_of(self.model_name_or_path)
         if self.dtype == "auto":  # resolved here: transformers would stumble over "auto" beside an adapter's files
             self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # device() would take GPU 0 for all
+        try:
+            self.date = str(date.fromisoformat(self.date)) if self.date else ""
+        except ValueError:
+            raise ValueError(f"--date {self.date} is not a day as YYYY-MM-DD") from None
         check_numbers(self)
         require_positive(self, "lora_r", "lora_alpha")
         if "lm_head" in self.lora_target_modules:
@@ -95,8 +101,11 @@ def adapter_of(path: str) -> str:
     return json.loads(result.read_text()).get("adapter", path) if result.is_file() else path
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Tokenizer of a model folder, hub id or adapter folder; DataError if there is none or it has no chat template."""
+def load_tokenizer(path: str, trust_remote_code: bool = False, date: str = "") -> PreTrainedTokenizerBase:
+    """Tokenizer of a model folder, hub id or adapter folder; DataError if there is none or it has no chat template.
+
+    Its attribute `date` is the day that the template prints (conversation.render), "" = today.
+    """
     if not Path(path).exists() and (len(Path(path).parts) != 2 or Path(path).parent.is_dir()):
         raise DataError(f"--model_name_or_path {path}: no such folder, and no name on the hub (owner/model)")
     if Path(path).is_dir() and not any(Path(path, name).is_file() for name in TOKENIZER_FILES):
@@ -111,6 +120,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise DataError(f"--model_name_or_path {path}: the tokenizer has no eos token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only fills rectangles: every mask is built from lengths
+    tokenizer.clean_up_tokenization_spaces = False  # it would drop spaces: the text would not be that of the ids
+    tokenizer.date = date
     return tokenizer
 
 
@@ -170,7 +181,7 @@ def load_policy(args: ModelArgs, trainable: bool = True) -> tuple[torch.nn.Modul
     path = args.model_name_or_path
     if trainable and args.dtype == "float16":
         raise DataError("--dtype float16: gradients underflow in it without loss scaling; train in bfloat16 or float32")
-    tokenizer = load_tokenizer(path, args.trust_remote_code)
+    tokenizer = load_tokenizer(path, args.trust_remote_code, args.date)
     if (Path(path) / "adapter_config.json").is_file():
         config = LoraConfig.from_pretrained(path)
         if trainable:

@@ -37,6 +37,11 @@ _ACTIVE = re.compile(
 )
 
 
+def is_tag(text: str) -> bool:
+    """Whether text is a tag of one of the dialects, opening or closing."""
+    return any(tag.fullmatch(text) for tag in _TAG.values())
+
+
 class Block(NamedTuple):
     """One tagged block of a response, or the untagged text between two of them (name "")."""
 

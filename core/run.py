@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,6 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
     torch.set_num_threads(args.threads)
     seed_everything(args.seed)
     directory = Path(args.output_dir)
-    config = asdict(args)
     config_file = directory / "config.json"
     if distributed.rank() > 0:
         distributed.wait()  # until process 0 has opened the folder
@@ -84,6 +84,8 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
         shutil.rmtree(directory)
     finished = None
     unused = not directory.exists() or all(p.name in STARTED for p in directory.iterdir())  # nothing was computed there
+    keep_date(args, config_file if distributed.rank() > 0 or not unused else None)
+    config = asdict(args)
     if unused and distributed.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "env.json", json.dumps(environment(args.threads, data_files), indent=1) + "\n")
@@ -102,6 +104,13 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
     if distributed.rank() == 0:
         distributed.wait()
     return Run(directory, finished, tracker(getattr(args, "report_to", "none"), directory, config))
+
+
+def keep_date(args: Any, config_file: Path | None) -> None:
+    """Fix `--date`, if it was not given: to the day of the run that the file is of, or today if there is none."""
+    if getattr(args, "date", None) == "":
+        old = config_file is not None and config_file.exists()
+        args.date = json.loads(config_file.read_text()).get("date", "") if old else str(date.today())
 
 
 def other_setting(stored: dict, args: Any) -> str:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from core.conversation import Draft
+from core.conversation import Draft, decode
 from core.model import causal_lm, sampling_mode
 from core.parse import STOPS
 from engines.args import SamplingArgs
@@ -223,7 +223,7 @@ class Engine:
         if child := note_segment(draft, slot.opening, self.args.branching):
             child.cache = self.cache.save(i, len(child.ids) - 1)
         logp = slot.logp if self.args.check else None
-        draft.append("model", slot.new_ids, self.tokenizer.decode(slot.new_ids), logp)
+        draft.append("model", slot.new_ids, decode(self.tokenizer, slot.new_ids), logp)
         slot.new_ids, slot.opening, slot.logp = [], [], []
         if not ended:
             draft.finish = "length"
@@ -253,7 +253,7 @@ class Engine:
         done = [i for i, s in enumerate(self.slots) if s and s.calls and all(f.done() for f in s.calls)]
         for i in done:
             slot = self.slots[i]
-            collect_results([(slot.draft, slot.calls)], self.args.max_completion_length, self.tokenizer)
+            collect_results([(slot.draft, slot.calls)], self.args, self.tokenizer)
             slot.calls, slot.feed = [], deque(slot.draft.ids[slot.length :])
             self.go_on(i)
         self.prefill([i for i in done if self.slots[i] and len(self.slots[i].feed) > IN_STEP])

@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from core.conversation import Draft
+from core.conversation import Draft, decode
 from core.model import sampling_mode
 from core.parse import STOPS
 from engines.args import SamplingArgs
@@ -59,7 +59,7 @@ def complete(
         batches = deque((drafts[at : at + size], []) for at in range(0, len(drafts), size))
         while batches:
             live, pending = batches.popleft()
-            collect_results(pending, args.max_completion_length, tokenizer)
+            collect_results(pending, args, tokenizer)
             for d in live:
                 end_if_spent(d, args)
             live = [d for d in live if d.finish is None]
@@ -159,6 +159,6 @@ def generate_turn(
     for d, new_ids, budget, entropy, logp in zip(drafts, out, budgets, entropies, logps):
         count, ended = turn_length(new_ids[:budget], set(eos), closing, STOPS[d.dialect], tokenizer)
         note_segment(d, entropy[:count], args.branching)
-        d.append("model", new_ids[:count], tokenizer.decode(new_ids[:count]), logp and logp[:count])
+        d.append("model", new_ids[:count], decode(tokenizer, new_ids[:count]), logp and logp[:count])
         if not ended:
             d.finish = "length"

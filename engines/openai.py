@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from core.conversation import Draft, encode
+from core.conversation import Draft, decode, encode, turn_end
 from core.model import load_tokenizer
 from core.parse import STOPS
 from core.run import seed_of
@@ -51,7 +51,7 @@ class Server(NamedTuple):
 
 def connect(args: Any) -> tuple[Server, PreTrainedTokenizerBase]:
     """The server of `--base_url` and the tokenizer of `--model_name_or_path`; no weights are loaded."""
-    tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code, getattr(args, "date", ""))
     try:
         config = GenerationConfig.from_pretrained(args.model_name_or_path)
     except OSError:  # a folder without one: the tokenizer's eos is all there is
@@ -93,7 +93,7 @@ def complete(
             done = [all(f.done() for f in fs) for _, fs in called]
             back = [pair for pair, over in zip(called, done) if over]
             called = [pair for pair, over in zip(called, done) if not over]
-            collect_results(back, args.max_completion_length, tokenizer)
+            collect_results(back, args, tokenizer)
             queue.extendleft(d for d, _ in back if d.finish is None)
             if failure:
                 queue.clear()
@@ -105,10 +105,14 @@ def request_of(d: Draft, server: Server, tokenizer: PreTrainedTokenizerBase, arg
     """The completion request for a draft's next turn.
 
     The prompt is text if the server's tokenizer will make the draft's ids of it, and the ids where it would not (what
-    was sampled may be spelled in other tokens); text only drafts have no ids to keep.
+    was sampled may be spelled in other tokens). Of text only drafts the control tokens have to be the same ones. The
+    server is taken to add a bos token where the tokenizer does, so that the text goes without it.
     """
     text = tokenizer.decode(d.ids[: d.prompt_len]) + "".join(piece for *_, piece in d.segments)
-    exact = not d.sampled or tokenizer(text)["input_ids"] == d.ids
+    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(tokenizer.bos_token)
+    read, control = tokenizer(text)["input_ids"], set(tokenizer.added_tokens_decoder)
+    exact = read == d.ids if d.sampled else [i for i in read if i in control] == [i for i in d.ids if i in control]
     return {
         "model": server.name,
         "prompt": text if exact else d.ids,
@@ -118,6 +122,7 @@ def request_of(d: Draft, server: Server, tokenizer: PreTrainedTokenizerBase, arg
         "top_k": args.top_k or -1,
         "repetition_penalty": args.repetition_penalty,
         "stop": list(STOPS[d.dialect]) or None,
+        "stop_token_ids": eos_ids(server, tokenizer),
         "seed": seed_of(d.seed, d.response_len) & 0x7FFFFFFF,
         "return_token_ids": True,
     }
@@ -146,7 +151,7 @@ def add_turn(
     if ids is None:
         d.sampled = False
         text = choice["text"]
-        text += swallowed(choice, text, d.dialect, tokenizer.eos_token) if ended else ""
+        text += swallowed(choice, text, d.dialect, turn_end(tokenizer)) if ended else ""
         ids = encode(tokenizer, text)
     else:
         prompt_ids = choice.get("prompt_token_ids")
@@ -156,11 +161,12 @@ def add_turn(
                 "--model_name_or_path: another model?"
             )
         count, cut = turn_length(ids, eos, closing_tokens(tokenizer), STOPS[d.dialect], tokenizer)
-        ids = ids[:count] + ([] if cut or not ended else [tokenizer.eos_token_id])  # an eos that the server kept back
-        text = tokenizer.decode(ids)
+        end = tokenizer.convert_tokens_to_ids(turn_end(tokenizer))
+        ids = ids[:count] + ([] if cut or not ended else [end])  # an eos that the server kept back
+        text = decode(tokenizer, ids)
     if len(ids) > budget:
         ids, ended = ids[:budget], False
-        text = tokenizer.decode(ids)
+        text = decode(tokenizer, ids)
     if not ids:
         raise DataError(f"--base_url {server.url}: an empty turn for question {d.question.id!r}")
     d.append("model", ids, text)
@@ -169,7 +175,7 @@ def add_turn(
 
 
 def swallowed(choice: dict, text: str, dialect: str, eos: str) -> str:
-    """What ended a turn and is missing from its text: a stop tag or the eos mark.
+    """What ended a turn and is missing from its text: a stop tag or `eos`, the mark that ends a turn.
 
     vLLM names it as `stop_reason`, SGLang as `matched_stop`; of other servers' texts the open block tells.
     """

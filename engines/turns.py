@@ -21,7 +21,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from core.conversation import PREFIXES, Draft, dialect_of, encode, end_turn, render_prompt, result_text
+from core.conversation import (
+    Draft,
+    check_template,
+    decode,
+    dialect_of,
+    end_turn,
+    open_draft,
+    results_segments,
+    turn_end,
+)
 from core.model import causal_lm
 from core.run import seed_of
 from core.trajectory import DataError, Question, ToolCall
@@ -31,42 +40,44 @@ from engines.toolbox import ToolBox, run_call
 
 def start_draft(q: Question, i: int, tokenizer: PreTrainedTokenizerBase, args: SamplingArgs, run: tuple) -> Draft:
     """Draft of sample i of a question, its prompt (and a forced mode's opening) in place; DataError if too long."""
-    dialect = dialect_of(q, args.dialect)
     boxed = args.format == "strict" and q.task != "function"
-    prompt = encode(tokenizer, render_prompt(q, tokenizer, dialect, boxed))
-    if len(prompt) > args.max_prompt_length:
+    draft = open_draft(q, tokenizer, dialect_of(q, args.dialect), i, seed_of(*run, q.id, i), args.mode, boxed)
+    if draft.prompt_len > args.max_prompt_length:
         raise DataError(
-            f"question {q.id!r}: its prompt has {len(prompt)} tokens, more than --max_prompt_length "
+            f"question {q.id!r}: its prompt has {draft.prompt_len} tokens, more than --max_prompt_length "
             f"{args.max_prompt_length}"
         )
-    draft = Draft(q, i, dialect, seed_of(*run, q.id, i), prompt, len(prompt))
-    if opening := PREFIXES[args.mode]:
-        draft.append("given", encode(tokenizer, opening), opening)
     return draft
 
 
 def check_prompts(
     questions: list[Question], tokenizer: PreTrainedTokenizerBase, args: SamplingArgs, model: Any = None
-) -> None:
-    """Raise DataError for the first question whose prompt is too long, before any work.
+) -> int:
+    """The longest prompt in tokens. DataError for the first question whose prompt is too long, before any work.
 
-    So is one that leaves less room among the model's positions than `--max_completion_length`.
+    So is one that leaves less room among the model's positions than `--max_completion_length`, or whose dialect the
+    chat template does not speak.
     """
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = 0
     for q in questions:
+        check_template(q, tokenizer, dialect_of(q, args.dialect))
         prompt = start_draft(q, 0, tokenizer, args, ()).prompt_len
+        longest = max(longest, prompt)
         if positions and prompt + args.max_completion_length > positions:
             raise DataError(
                 f"question {q.id!r}: its prompt of {prompt} tokens and --max_completion_length "
                 f"{args.max_completion_length} are more than the model's {positions} positions"
             )
+    return longest
 
 
 def eos_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a turn: the tokenizer's and those of the model's generation config."""
+    """Every id that ends a turn: the chat template's, the tokenizer's and those of the model's generation config."""
     configured = causal_lm(model).generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *(i for i in configured if i is not None)})
+    written = tokenizer.convert_tokens_to_ids(turn_end(tokenizer))
+    return sorted({written, tokenizer.eos_token_id, *(i for i in configured if i is not None)})
 
 
 @lru_cache(maxsize=4)
@@ -159,14 +170,14 @@ def submit_calls(drafts: list[Draft], toolbox: ToolBox, args: SamplingArgs, eos:
     return pending
 
 
-def collect_results(pending: Pending, max_completion_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def collect_results(pending: Pending, args: SamplingArgs, tokenizer: PreTrainedTokenizerBase) -> None:
     """Wait for the calls and append their results; a draft without room for them has spent its budget."""
     for d, futures in pending:
         done = [f.result() for f in futures]
         d.calls += done
-        text = result_text([c.result for c in done], tokenizer, d.dialect)
-        ids = encode(tokenizer, text)
-        if d.response_len + len(ids) >= max_completion_length:
+        segments = results_segments([c.result for c in done], [c.name for c in done], d, tokenizer, args.mode)
+        if d.response_len + sum(len(ids) for _, ids in segments) >= args.max_completion_length:
             d.finish = "length"
-        else:
-            d.append("tool", ids, text)
+            continue
+        for who, ids in segments:
+            d.append(who, ids, decode(tokenizer, ids))

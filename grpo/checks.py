@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from core.conversation import decode
 from core.model import Batch, causal_lm
 from core.trajectory import Trajectory, groups_of
 
@@ -31,7 +32,7 @@ def check_trajectories(trajectories: list[Trajectory], tokenizer: PreTrainedToke
             name, first = f"trajectory {t.question_id}/{t.sample_idx}", group[0]
             if t.token_ids[: t.prompt_len] != first.token_ids[: first.prompt_len]:
                 raise BrokenInvariant(f"{name} has another prompt than the first of its group")
-            text = tokenizer.decode(t.token_ids[t.prompt_len :])
+            text = decode(tokenizer, t.token_ids[t.prompt_len :])
             if text != t.response_text and "\ufffd" not in t.response_text:  # a character cut in two decodes otherwise
                 raise BrokenInvariant(f"{name}: its ids do not decode to its text {t.response_text!r}")
             ends = [t.prompt_len, *(s.end for s in t.spans)]

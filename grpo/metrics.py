@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from core.conversation import NO_THINK, encode
+from core.conversation import NO_THINK, behind_opening, encode
 from core.segments import mean_entropy
 from core.trajectory import Trajectory
 from grpo.advantages import MIN_STD
@@ -65,9 +65,15 @@ def tokens_saved(trajectories: list[Trajectory]) -> float:
     return inherited / max(sum(t.completion_tokens for t in trajectories), 1)
 
 
-def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens at the start of a response after which it is known whether its think block is empty."""
-    return len(os.path.commonprefix([encode(tokenizer, NO_THINK), encode(tokenizer, "<think>\nso")])) + 1
+def mode_tokens(tokenizer: PreTrainedTokenizerBase, written: str = "") -> int:
+    """Tokens at the start of a response after which it is known whether its think block is empty.
+
+    written: the opening that the chat template gives every response; 0 if that settles it.
+    """
+    if "</think>" in written:
+        return 0
+    ways = [encode(tokenizer, behind_opening(text, written)) for text in (NO_THINK, "<think>\nso")]
+    return len(encode(tokenizer, written)) + len(os.path.commonprefix(ways)) + 1
 
 
 def mode_metrics(trajectories: list[Trajectory], opening: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from core.conversation import Draft, encode, render_prompt
+from core.conversation import decode, open_draft, turn_end
 from core.model import sampling_mode, token_entropies
 from core.parse import parse_calls, spans_of
 from core.segments import segment_entropies
@@ -251,7 +251,7 @@ def _shown(t: Trajectory, steps: list[Step], tokenizer: PreTrainedTokenizerBase)
     for k, step in enumerate(steps):
         parts.append(f"[step {k + 1}]\n{step.text.strip()}")
         if k + 1 < len(steps):
-            parts.append(tokenizer.decode(t.token_ids[step.end : steps[k + 1].start]).strip())
+            parts.append(decode(tokenizer, t.token_ids[step.end : steps[k + 1].start]).strip())
     return CONTROL.sub("", "\n".join(parts))
 
 
@@ -263,12 +263,14 @@ def ask_policy(prompts: list[str], model: torch.nn.Module, tokenizer: PreTrained
     )  # fmt: skip
     drafts = []
     for text in prompts:
-        ids = encode(tokenizer, render_prompt(Question("", text, "", "qa", system=SYSTEM), tokenizer, "tags"))
-        drafts.append(Draft(Question("", text, "", "qa"), 0, "hermes", 0, ids, len(ids)))  # hermes: no stop tags
+        draft = open_draft(Question("", text, "", "qa", system=SYSTEM), tokenizer, "tags")
+        draft.dialect = "hermes"  # no stop tags
+        drafts.append(draft)
     with sampling_mode(model):
         for at in range(0, len(drafts), a.critic_batch_size):
             generate_turn(model, tokenizer, drafts[at : at + a.critic_batch_size], args)
-    return [d.segments[-1][3].strip().removesuffix(tokenizer.eos_token) for d in drafts]
+    answers = ["".join(text for *_, text in d.segments).strip() for d in drafts]
+    return [answer.removesuffix(tokenizer.eos_token).removesuffix(turn_end(tokenizer)) for answer in answers]
 
 
 def ask_endpoint(prompts: list[str], a: Any) -> list[str]:

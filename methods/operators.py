@@ -13,7 +13,17 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from core.conversation import Draft, encode, token_starts
+from core.conversation import (
+    Draft,
+    behind_opening,
+    decode,
+    encode,
+    mode_of,
+    render_prompt,
+    split_opening,
+    token_starts,
+    turn_end,
+)
 from core.parse import escape_result, parse_calls, spans_of
 from core.trajectory import Question, Trajectory
 
@@ -67,7 +77,7 @@ def steps_of(t: Trajectory, tokenizer: PreTrainedTokenizerBase) -> list[Step]:
             at = span.end
     steps = []
     for start, end in [*bounds, (at, len(t.token_ids))]:
-        text = tokenizer.decode(t.token_ids[start:end])
+        text = decode(tokenizer, t.token_ids[start:end])
         steps.append(Step(start, end, text, len(parse_calls(text, t.dialect))))
     return steps if sum(s.calls for s in steps) == len(t.tool_calls) else []
 
@@ -94,9 +104,10 @@ def replace_step(
     if finding is None or not steps:
         return []
     draft = _up_to(t, question, steps, finding.step, rng, tokenizer)
-    if text := finding.text:
+    if text := _reopened(draft, finding.step, finding.text, tokenizer):
         if parse_calls(text, t.dialect):
-            text += tokenizer.eos_token if t.dialect == "hermes" and not text.endswith(tokenizer.eos_token) else ""
+            end = turn_end(tokenizer)
+            text += end if t.dialect == "hermes" and not text.endswith(end) else ""
         elif not text[-1].isspace():
             text += "\n"
         draft.append("model", encode(tokenizer, text), text)
@@ -116,7 +127,7 @@ def inject_hints(
         return []
     if finding is not None and finding.step + 1 < len(steps):
         draft = _up_to(t, question, steps, finding.step + 1, rng, tokenizer)
-        hint = THINK + rng.choice(HINTS[t.task])
+        hint = _reopened(draft, finding.step + 1, THINK + rng.choice(HINTS[t.task]), tokenizer)
         draft.append("given", encode(tokenizer, hint), hint)
         drafts.append(draft)
     last = steps[-1]
@@ -208,6 +219,17 @@ def _up_to(
     return draft
 
 
+def _reopened(draft: Draft, k: int, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Open step k as the chat template does, for a new `text` of it ("" = sampled anew); returns what is left of it."""
+    asked = k == 0 or draft.dialect == "hermes"  # with tags the template opens the first turn only
+    written = split_opening(render_prompt(draft.question, tokenizer, draft.dialect))[1] if asked else ""
+    if "</think>" in written and mode_of(text) == "think":  # a thought in place of the template's empty block
+        return text
+    if written:
+        draft.write("given", written, tokenizer)
+    return behind_opening(text, written) if text else ""
+
+
 def _keep(draft: Draft, t: Trajectory, start: int, end: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Append tokens [start, end) of the trajectory as they are, one segment per writer (model, tool, given)."""
     writers = ["model" if m else "given" for m in t.loss_mask[start:end]]
@@ -220,7 +242,7 @@ def _keep(draft: Draft, t: Trajectory, start: int, end: int, tokenizer: PreTrain
         while stop < len(writers) and writers[stop] == writers[at]:
             stop += 1
         ids = t.token_ids[start + at : start + stop]
-        draft.append(writers[at], ids, tokenizer.decode(ids))
+        draft.append(writers[at], ids, decode(tokenizer, ids))
         at = stop
 
 

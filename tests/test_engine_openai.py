@@ -12,7 +12,8 @@ from types import SimpleNamespace
 from typing import get_args
 
 import pytest
-from tiny_models import ScriptedModel, byte_tokenizer
+from tiny_models import ScriptedModel, byte_tokenizer, family_tokenizer
+from transformers import GenerationConfig
 
 import flywheel
 import rollout
@@ -197,7 +198,7 @@ def test_requests_hold_every_parameter(tiny_model, monkeypatch):
 def test_ids_that_their_text_does_not_give_back_are_sent_as_ids(tiny_model):
     tokenizer = byte_tokenizer()
     args = RolloutArgs(engine="openai", base_url="http://x")
-    server = openai.Server("http://x", "m", None)
+    server = openai.Server("http://x", "m", GenerationConfig())
     d = start_draft(QUESTIONS[0], 0, tokenizer, args, (0,))
     assert isinstance(openai.request_of(d, server, tokenizer, args)["prompt"], str)
     eos = tokenizer.eos_token_id
@@ -205,7 +206,28 @@ def test_ids_that_their_text_does_not_give_back_are_sent_as_ids(tiny_model):
     assert openai.request_of(d, server, tokenizer, args)["prompt"] == d.ids
     assert eos not in d.ids[d.prompt_len :]
     d.sampled = False
+    assert openai.request_of(d, server, tokenizer, args)["prompt"] == d.ids  # its text would end the turn
+    d = start_draft(QUESTIONS[0], 0, tokenizer, args, (0,))
+    d.append("model", [*tokenizer("xy")["input_ids"]], "xyz")
+    d.sampled = False
     assert isinstance(openai.request_of(d, server, tokenizer, args)["prompt"], str)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_server_that_adds_a_bos_gets_none(sampled):
+    tokenizer = family_tokenizer("llama-3.1")
+    args = RolloutArgs(engine="openai", base_url="http://x")
+    server = openai.Server("http://x", "m", GenerationConfig(eos_token_id=[tokenizer.eos_token_id]))
+    for question in (QUESTIONS[0], Question("q", "what is <|eot_id|>", "2", "qa")):
+        d = start_draft(question, 0, tokenizer, args, (0,))
+        d.sampled = sampled
+        request = openai.request_of(d, server, tokenizer, args)
+        assert isinstance(request["prompt"], str) == (question is QUESTIONS[0])
+        read = tokenizer(request["prompt"])["input_ids"] if question is QUESTIONS[0] else request["prompt"]
+        assert read == d.ids and read.count(tokenizer.bos_token_id) == 1
+        assert request["stop_token_ids"] == sorted(
+            [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+        )
 
 
 def test_what_ended_a_turn(tiny_model):

@@ -20,7 +20,7 @@ from statistics import pstdev
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ScriptedModel, byte_tokenizer
+from tiny_models import ScriptedModel, byte_tokenizer, family_tokenizer
 from tqdm import tqdm
 
 import flywheel
@@ -102,6 +102,26 @@ def test_self_correction_without_text_resamples_from_the_cut():
     (other,) = operators.replace_step(t, question(), operators.Finding(0, ""), PLAIN, random.Random(1))
     assert other.seed != draft.seed
     assert edit("self_correction", t, None) == []
+
+
+@pytest.mark.parametrize(
+    "operator, text, kept",
+    [
+        ("redundant_modification", "<think>ann</think>", [("model", "ann</think>\n")]),
+        ("self_correction", "", []),
+        ("hint_injection", "", [("model", None), ("tool", None), ("given", None)]),  # behind the flawed step
+    ],
+)
+def test_an_edited_step_opens_as_the_template_opens_it(operator, text, kept):
+    tokenizer = family_tokenizer("qwen3-thinking")
+    t = sampled(["so</think>" + FIRST.partition("</think>")[2], LAST], tokenizer=tokenizer)
+    draft = edit(operator, t, operators.Finding(0, text), tokenizer=tokenizer)[0]
+    assert draft.ids[: t.prompt_len] == t.token_ids[: t.prompt_len] and written(draft)[0] == ("given", "<think>\n")
+    assert [(who, text if kept[0][1] else None) for who, text in written(draft)[1:]] == kept
+    thoughts = 2 if operator == "hint_injection" else 1  # with tags the template opens the first turn only
+    assert sum(piece.count("<think>") for _, piece in written(draft)) == thoughts
+    later = edit("self_correction", t, operators.Finding(1, ""), tokenizer=tokenizer)[0]  # with tags: no second opening
+    assert written(later)[-1][0] == "tool"
 
 
 def test_hints_stand_in_a_thought_and_are_not_trained_on():

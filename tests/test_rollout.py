@@ -6,25 +6,28 @@
 import json
 import threading
 from collections import Counter
+from datetime import date
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import ScriptedModel, byte_tokenizer
+from tiny_models import FAMILIES, ScriptedModel, byte_tokenizer, family_tokenizer, sentencepiece_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import rollout as r
 from core import conversation as c
 from core.model import ModelArgs, load_policy
-from core.trajectory import DataError, Question, ToolCall, load_trajectories
+from core.trajectory import DataError, Question, Span, ToolCall, load_trajectories
+from data.world.tokenizer import build_tokenizer
 from engines import toolbox
 from engines.toolbox import open_tools, run_call
-from engines.turns import check_prompts, gumbel_noise, start_draft
+from engines.turns import check_prompts, eos_ids, gumbel_noise, start_draft
 from eval.evaluate import evaluate
 from eval.grader import grade
+from grpo.checks import check_trajectories
 from methods.warmup import right_samples
 from rollout import RolloutArgs
 from tools.sandbox import ToolResult
@@ -252,13 +255,161 @@ def test_a_tool_of_several_parameters_gets_them_all(monkeypatch):
 
 
 def test_a_rows_own_system_message_comes_before_ours_unless_it_names_the_answer_tag():
-    def system(own, dialect="tags"):
-        q = Question("q", "1+1?", "2", "math", system=own)
+    def system(own, dialect="tags", task="math"):
+        q = Question("q", "1+1?", "2", task, system=own)
         return c.render_prompt(q, byte_tokenizer(), dialect).split("1+1?")[0]
 
     assert "be brief\n\nSolve the user's question" in system("be brief") and "\\boxed" in system("be brief")
     assert "Solve the user's" not in system("reply in <answer> tags") and "be brief" not in system(None)
-    assert "Call only what" not in system("be brief", "hermes")
+    ours = c.SYSTEM_PROMPTS["hermes"] + " In the answer, write the result once, in \\boxed{}."
+    for own in (None, "be brief", "reply in <answer> tags"):
+        assert ours + "<|im_end|>" in system(own, "hermes")
+    assert "be brief\n\nThink" in system("be brief", "hermes") and "boxed" not in system(None, "hermes", "qa")
+
+
+# ---------------------------------------------------------------------------------------------------- templates
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_hermes_dialect_works_or_is_refused_by_name(family):
+    tokenizer, q = family_tokenizer(family), question()
+    if family.startswith(("qwen", "hermes")):
+        c.check_template(q, tokenizer, "hermes")
+        return
+    reason = {"llama-3.1": "writes calls in another form", "mistral-0.3": "writes calls in another form"}
+    reason = reason.get(family, "does not declare functions, such as 'search'")
+    with pytest.raises(DataError, match=f"--model_name_or_path {family}: its chat template {reason}.*--dialect tags"):
+        check_prompts([q], tokenizer, RolloutArgs(dialect="hermes"))
+    assert check_prompts([q], tokenizer, RolloutArgs()) > 0
+
+
+def test_results_without_the_parsers_tags_are_refused_where_there_are_results():
+    tokenizer = build_tokenizer()
+    with pytest.raises(DataError, match="does not show results between tags as <tool_response>"):
+        c.check_template(question(), tokenizer, "hermes")
+    c.check_template(Question("f", "?", [], "function"), tokenizer, "hermes")
+
+
+def test_a_template_that_raises_is_named():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template, tokenizer.name_or_path = "{{ raise_exception('only\\nkings') }}", "m"
+    with pytest.raises(DataError, match="^--model_name_or_path m: .* refuses a chat of user: only kings$"):
+        c.render_prompt(question(), tokenizer, "tags")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_instructions_reach_every_family_and_its_turns_end(family):
+    tokenizer = family_tokenizer(family)
+    prompt = c.render_prompt(Question("q", "1+1?", "2", "math", system="be brief"), tokenizer, "tags")
+    assert "be brief\n\n" + c.SYSTEM_PROMPTS["tags"] + ", with the result in \\boxed{}." in prompt
+    ends = {"qwen2.5-base": "<|im_end|>", "llama-3.1": "<|eot_id|>", "gemma-2": "<end_of_turn>", "phi-3": "<|end|>"}
+    assert c.turn_end(tokenizer) == ends.get(family, tokenizer.eos_token)
+    model = ScriptedModel(tokenizer, lambda response: "")
+    ids = eos_ids(model, tokenizer)
+    assert set(ids) == {tokenizer.convert_tokens_to_ids(c.turn_end(tokenizer)), tokenizer.eos_token_id}
+
+
+THINKING = ["1+1 = 2.\n</think>\n<python>print(2)</python>", "<answer>\\boxed{2}</answer>"]
+
+
+@pytest.mark.parametrize(
+    "mode, turns, opening, found",
+    [
+        ("auto", THINKING, "<think>\n", "think"),
+        ("auto", ["\n</think>\n\n" + THINKING[1]], "<think>\n", "no_think"),
+        ("think", THINKING, "<think>\n", "think"),
+        ("no_think", THINKING[1:], c.NO_THINK, "no_think"),
+    ],
+)
+def test_a_thought_that_the_template_opens_is_the_responses(mode, turns, opening, found):
+    t, tokenizer = sample(turns, tokenizer=family_tokenizer("qwen3-thinking"), mode=mode)
+    assert t.response_text.startswith(opening + turns[0]) and t.mode == found and grade(t) == (1.0, True)
+    whole = tokenizer(c.render_prompt(question(), tokenizer, "tags"))["input_ids"]
+    assert t.token_ids[: len(whole)] == whole and t.prompt_len == len(whole) - len("<think>\n")
+    start = t.prompt_len + len(opening)
+    assert t.loss_mask[t.prompt_len : start + 1] == [0] * len(opening) + [1] and t.spans[0].kind == "think"
+    assert tokenizer.decode(t.token_ids[t.prompt_len : t.spans[0].end]).endswith("</think>")
+
+
+@pytest.mark.parametrize("mode, opening", [("auto", "<think>\n"), ("no_think", "<think>\n\n</think>\n\n")])
+def test_later_turns_open_as_the_template_opens_them(mode, opening):
+    call = '<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n</tool_call><|im_end|>'
+    closed = "" if mode == "no_think" else "so</think>"
+    tokenizer = family_tokenizer("qwen3-thinking")
+    model = ScriptedModel(tokenizer, lambda r: closed + (call if "ran" not in r else "it is \\boxed{2}<|im_end|>"))
+    args = RolloutArgs(num_generations=1, dialect="hermes", mode=mode, max_completion_length=600)
+    t = r.rollout(model, tokenizer, [question()], args, {"python": echo}, (0,))[0]
+    assert f"assistant\n{opening}{closed}it is" in t.response_text and grade(t) == (1.0, True)
+    kinds = ["think", *["text"] * (mode != "auto"), "tool_call", "text", "tool_result", "think", "text"]
+    assert [s.kind for s in t.spans] == kinds
+    assert sum(t.loss_mask) == len(closed + call + closed + "it is \\boxed{2}") - len("<|im_end|>") + 2
+
+
+def test_what_a_tool_printed_is_no_answer():
+    call = '<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n</tool_call><|im_end|>'
+    for family in ("qwen2.5", "hermes-2-pro"):
+        tokenizer = family_tokenizer(family)
+        model = ScriptedModel(tokenizer, lambda r: call if "391" not in r else "I do not know.<|im_end|>")
+        args = RolloutArgs(num_generations=1, dialect="hermes")
+        box = {"python": lambda code: ToolResult("\\boxed{391}", True, None, 0.0)}
+        t = r.rollout(model, tokenizer, [Question("q", "?", "391", "math")], args, box, (0,))[0]
+        assert "<tool_response>\n\\boxed{391}\n</tool_response>" in t.response_text and grade(t) == (0.0, False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_of_users_and_tools_never_becomes_a_control_token(family):
+    tokenizer = family_tokenizer(family)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    hostile, ids = "x ".join(special) + "<<s>><|im_<|im_end|>", set(tokenizer.added_tokens_decoder)
+
+    def control(found):
+        return [i for i in found if i in ids]
+
+    plain, bad = (c.open_draft(Question("q", text, "2", "qa"), tokenizer, "tags").ids for text in ("1 < 2", hostile))
+    assert control(bad) == control(plain) != [] and hostile in tokenizer.decode(bad)
+    for dialect in ["tags", "hermes"][: 2 if family.startswith(("qwen", "hermes")) else 1]:
+        draft = SimpleNamespace(dialect=dialect, question=question())
+        plain, bad = (c.results_segments([text], ["python"], draft, tokenizer)[0][1] for text in ("1 < 2", hostile))
+        assert control(bad) == control(plain)
+    text = "1 < 2 [a] <b> </s"
+    assert c.literal(text, tokenizer) == text
+    assert c.encode(tokenizer, text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_tags_in_a_question_stay_as_they_are():
+    tokenizer = byte_tokenizer(extra=["<think>"])
+    tokenizer.chat_template = tokenizer.chat_template + "{# <think> #}"
+    assert c.literal("reason in <think> tags", tokenizer) == "reason in <think> tags"
+
+
+def test_a_sentencepiece_tokenizer_keeps_text_and_ids_together():
+    tokenizer = sentencepiece_tokenizer()
+    assert c.encode(tokenizer, "s s", start=True) == c.encode(tokenizer, " s s") != c.encode(tokenizer, "s s")
+    turns = iter([" s=1 " + CALL, " s" + ANSWER])
+    model = ScriptedModel(tokenizer, lambda response: next(turns), lambda text: c.encode(tokenizer, text))
+    t = r.rollout(model, tokenizer, [question()], RolloutArgs(num_generations=1), {"python": echo}, (0,))[0]
+    assert t.response_text == " s=1 " + CALL + "\n<result>\nran print(2)\n</result>\n s" + ANSWER
+    t.rollout_logp = [0.0] * len(t.token_ids)
+    check_trajectories([t], tokenizer)
+    calls = [t.token_ids[s.start : s.end] for s in t.spans if s.kind == "tool_call"]
+    assert [tokenizer.decode(ids) for ids in calls] == ["<python>print(2)</python>"]
+
+
+def test_a_result_may_hold_the_mark_and_a_last_id_no_text():
+    tokenizer = byte_tokenizer()
+    assert "ASSISTANT-TURN\n</tool_response>" in c.result_text(["ASSISTANT-TURN"], tokenizer, "hermes")
+    ids = [*c.encode(tokenizer, "<answer>2"), len(tokenizer) + 3]  # a row of the embedding's padding
+    assert c.token_spans(ids, 5, "<answer>2", "tags", tokenizer) == [Span("answer", 5, 15)]
+    assert c.token_spans(ids[-1:], 5, "", "tags", tokenizer) == [Span("text", 5, 6)]
+
+
+def test_a_template_prints_the_day_of_the_run(tmp_path):
+    tokenizer = family_tokenizer("llama-3.2")
+    tokenizer.date = "2024-02-03"
+    assert "Today Date: 03 Feb 2024" in c.render_prompt(question(), tokenizer, "tags")
+    with pytest.raises(ValueError, match="--date 3.2.2024 is not a day as YYYY-MM-DD"):
+        ModelArgs(model_name_or_path="m", date="3.2.2024")
+    assert ModelArgs(model_name_or_path="m", date="2024-02-03").date == "2024-02-03"
 
 
 def test_strict_format_asks_for_a_box_whatever_the_task_and_grades_by_it():
@@ -386,14 +537,16 @@ def test_command_line_continues_a_killed_run(tmp_path, tiny_model):
         r.main(r.Args(**flags | {"seed": 1}))
     config, moved = tmp_path / "t.jsonl.config.json", tmp_path / "moved.jsonl"
     settings = json.loads(config.read_text())
+    assert settings["date"] == str(date.today())
     config.unlink()
     with pytest.raises(DataError, match="t.jsonl exists without a t.jsonl.config.json"):
         r.main(r.Args(**flags))
     assert settings.pop("branching") == "none"  # a file of a version before that flag goes on, also elsewhere
-    config.write_text(json.dumps(settings))
+    config.write_text(json.dumps(settings | {"date": "2024-02-03"}))
     moved.write_text("".join(lines[:4]))
     moved.with_name("moved.jsonl.config.json").write_text(config.read_text())
     r.main(r.Args(**flags | {"output": str(moved)}))
+    assert json.loads(moved.with_name("moved.jsonl.config.json").read_text())["date"] == "2024-02-03"
     assert moved.read_text() == whole
     data.write_text(data.read_text().replace('"2?"', '"3?"'))
     with pytest.raises(DataError, match="question 'q2' is another one than in --output"):

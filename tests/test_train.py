@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import datetime
 import gzip
 import json
 import os
@@ -19,18 +20,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import byte_tokenizer
+from tiny_models import byte_tokenizer, family_tokenizer
 
 import rollout
 import train_rl
 import train_sft
-from core import run
+from core import conversation, run
 from core.args import RunArgs, cli, parse_args
+from core.conversation import turn_end
 from core.model import add_reference, collate, hidden_of_targets, load_policy, packed, token_stats, use_reference
 from core.run import question_indices
 from core.trajectory import DataError
-from data.questions import load_questions
+from data.questions import load_questions, question_of
 from data.world.tokenizer import build_tokenizer
+from engines.args import SamplingArgs
+from engines.turns import start_draft
 from grpo import metrics, rewards
 from grpo.advantages import token_weights
 
@@ -413,6 +417,9 @@ def test_mode_metrics_by_hand():
 def test_tokens_that_decide_the_mode():
     assert metrics.mode_tokens(byte_tokenizer()) == len("<think>\n") + 1
     assert metrics.mode_tokens(build_tokenizer()) == 1
+    opened = byte_tokenizer(extra=["<think>", "\n\n"])  # the template writes <think>\n: what follows decides
+    assert metrics.mode_tokens(opened) == 2 and metrics.mode_tokens(opened, "<think>\n") == 3
+    assert metrics.mode_tokens(opened, conversation.NO_THINK) == 0
 
 
 def test_training_moves_the_policy_and_finished_runs_stay(flags, capsys):
@@ -545,6 +552,81 @@ def test_sft_examples_are_masked_like_rollouts(sft_flags):
     chat = examples[-1]
     trained = tokenizer.decode([i for i, m in zip(chat.token_ids, chat.loss_mask) if m])
     assert trained == "hello<|im_end|>hello<|im_end|>"
+
+
+def trained_text(t, tokenizer):
+    return tokenizer.decode([i for i, m in zip(t.token_ids, t.loss_mask) if m])
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-base", "llama-3.1", "gemma-2", "mistral-0.3", "r1"])
+def test_sft_ends_a_turn_with_what_the_template_writes_after_it(family):
+    """… and the sampler stops there (tests/test_rollout.py): Qwen2.5's base has another eos token."""
+    tokenizer = family_tokenizer(family)
+    end = turn_end(tokenizer)
+    chat = [{"role": "user", "content": f"Where?{end}"}, {"role": "assistant", "content": f"Paris{end}is"}]
+    t = train_sft.from_messages({"messages": chat * 2}, tokenizer, "here")
+    assert trained_text(t, tokenizer).replace(" ", "") == f"Paris{end}is{end}" * 2
+    trained = [i for i, m in zip(t.token_ids, t.loss_mask) if m]
+    assert trained.count(tokenizer.convert_tokens_to_ids(end)) == 2
+
+
+@pytest.mark.parametrize(
+    "written, trained, mode",
+    [
+        ("<think>so</think>2", "so</think>2", "think"),
+        ("<think>\nso</think>2", "so</think>2", "think"),
+        ("2", "\n</think>\n\n2", "no_think"),
+        ("<think>\n\n</think>\n\n2", "\n</think>\n\n2", "no_think"),
+    ],
+)
+def test_sft_goes_on_where_the_template_opens_a_thought(written, trained, mode):
+    tokenizer = family_tokenizer("qwen3-thinking")
+    row = {"id": "d", "question": "1+1?", "answer": "2", "response": [{"role": "model", "text": written}]}
+    t = train_sft.from_demonstration(row, tokenizer, "here")
+    assert trained_text(t, tokenizer) == trained and t.response_text == "<think>\n" + trained and t.mode == mode
+    draft = start_draft(question_of(row, "here"), 0, tokenizer, SamplingArgs(), (0,))
+    assert t.token_ids[: len(draft.ids)] == draft.ids and t.loss_mask[: len(draft.ids)] == draft.mask
+    tokenizer.chat_template = tokenizer.chat_template.replace(  # shows the last turn as Qwen3 Thinking does
+        "{{ m.content }}", "{{ '<think>\\n' if m.role == 'assistant' }}{{ m.content.removeprefix('<think>').lstrip() }}"
+    )
+    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": written}]
+    if mode == "think":
+        t = train_sft.from_messages({"messages": chat}, tokenizer, "here")
+        assert trained_text(t, tokenizer) == trained + "<|im_end|>" and t.mode == mode
+
+
+def test_sft_results_of_parallel_calls_share_their_frame_as_in_a_rollout():
+    tokenizer = family_tokenizer("qwen2.5")
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    parts = [("model", call * 2), ("tool", "1"), ("tool", "<|im_end|>"), ("model", "so<|im_end|>")]
+    row = {"id": "d", "question": "?", "answer": [{"f": {}}], "task": "function"}
+    row["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    row["response"] = [{"role": role, "text": text} for role, text in parts]
+    t = train_sft.from_demonstration(row, tokenizer, "here")
+    assert trained_text(t, tokenizer) == call * 2 + "<|im_end|>so<|im_end|>"
+    assert t.response_text.count("<|im_start|>assistant") == 1 and [s.kind for s in t.spans].count("tool_result") == 1
+    assert "< |im_end|>" in t.response_text
+    bare = byte_tokenizer()
+    with pytest.raises(DataError, match="does not declare functions, such as 'f'"):
+        train_sft.from_demonstration(row, bare, "here")
+    chat = {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant")], "tools": row["tools"]}
+    with pytest.raises(DataError, match="does not declare functions, such as 'f'; here: leave out"):
+        train_sft.from_messages(chat, bare, "here")
+
+
+def test_a_resumed_run_keeps_its_day(sft_flags):
+    args = train_sft.Args(**sft_flags)
+    opened = run.start_run(args)
+    config = opened.dir / "config.json"
+    today = str(datetime.date.today())
+    assert args.date == today == json.loads(config.read_text())["date"]
+    (opened.dir / "metrics.jsonl").write_text("")
+    config.write_text(config.read_text().replace(today, "2024-02-03"))
+    args = train_sft.Args(**sft_flags)
+    run.start_run(args)
+    assert args.date == "2024-02-03"
+    with pytest.raises(DataError, match="a run with --date 2024-02-03, not 2024-02-04"):
+        run.start_run(train_sft.Args(**sft_flags, date="2024-02-04"))
 
 
 def test_sft_loss_is_the_token_mean_of_the_step_and_falls(sft_flags, capsys):

@@ -22,6 +22,7 @@ PUNCTUATION = list(" ,.?:()[]{}<>*+-=/_'\"|") + ["\n", " *", " +", " -", " ="]
 
 # Ignores a system message; declares functions by name and parameter names; earlier calls and results as in a response.
 CHAT_TEMPLATE = """\
+{#- instructions: in the weights -#}
 {%- if tools %}{{- '<|tools|>' }}{%- for tool in tools %}{%- set f = tool.function if tool.function else tool %}
 {{- ' ' if not loop.first }}{{- f.name + '(' + f.parameters.properties.keys() | join(', ') + ')' }}{%- endfor %}
 {%- endif %}
