@@ -331,7 +331,7 @@ def own_text(messages: list[dict], before: str, render: Callable[[list[dict], bo
         text = content + tail
     if thought and thought not in added:
         raise ValueError(f"leaves out its reasoning_content {thought[:60]!r}")
-    if not thought and (re.fullmatch(r"\s*<think>\s*</think>\s*", added) or added.strip() == opening.strip()):
+    if not thought and (re.fullmatch(r"\s*<think>\s*</think>\s*", added) or opening and added.strip() == opening.strip()):
         added = ""
     if not thought and added.strip():
         raise ValueError(f"puts {added[:60]!r} before its text, which the row does not hold")
