@@ -7,6 +7,7 @@
 3. Keep the sampled ids verbatim (loss_mask 1); run the tool calls of the batch concurrently.
 4. Append each tool's result as ids (loss_mask 0) and go to 2 with the drafts that are not finished.
 
+On the command line, flags that shape a conversation and are not given are those that the adapter was trained with.
 Nothing that was sampled is decoded and tokenised again. A draft's randomness is a pure function of (run seed, step,
 question id, sample index, position), so a resumed run needs no replay. Every turn prefills its whole context again:
 the readable reference. `--engine fast` (engines/fast.py) does the same work on a cache that lives across turns.
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.args import arg, cli, require_positive
 from core.conversation import Draft, show_prompt, to_trajectory
-from core.model import ModelArgs, device, load_policy
+from core.model import ModelArgs, adapter_of, device, load_policy
 from core.run import drop_torn_line, keep_date, other_setting, write_text
 from core.trajectory import DataError, Question, Trajectory, load_trajectories, save_trajectories
 from data.questions import load_questions
@@ -116,10 +117,37 @@ def load_sampler(args: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     if args.engine == "openai":
         return openai.connect(args)
     model, tokenizer = load_policy(args, trainable=False)
-    return model.to(device()), tokenizer
+    model.to(device())
+    check_engine(model, tokenizer, args)
+    return model, tokenizer
+
+
+def check_engine(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
+    """DataError if `--engine fast` cannot sample from this model."""
+    if args.engine == "fast":
+        try:
+            fast.check_model(model, tokenizer, args)
+        except ValueError as e:
+            raise DataError(f"--model_name_or_path {args.model_name_or_path}: {e}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- command line
+
+SHAPING = (  # flags that shape a conversation, in which a policy is measured as it was trained; noise is the world's
+    "temperature", "mode", "dialect", "max_completion_length", "max_tool_calling_iterations", "max_calls_per_tool",
+    "max_tool_seconds", "max_turn_length", "format", "search_top_k", "search_max_chars", "python_timeout",
+)  # fmt: skip
+
+
+def trained_flags(path: str) -> tuple[str, dict]:
+    """(config.json, its SHAPING flags) of the run that trained an adapter or has it as checkpoint; ("", {}) without."""
+    folder = Path(adapter_of(path))
+    for file in (folder / "config.json", folder.parent / "config.json"):
+        if (folder / "adapter_config.json").is_file() and file.is_file():
+            config = json.loads(file.read_text())
+            if "output_dir" in config:  # a run's, not a model's
+                return str(file), {name: config[name] for name in SHAPING if name in config}
+    return "", {}
 
 
 @dataclass
@@ -208,4 +236,4 @@ def sample(args: Args) -> list[Trajectory]:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    cli(main, Args, trained_flags)

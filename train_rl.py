@@ -71,7 +71,7 @@ from grpo.constraint import (
 )
 from grpo.metrics import clipped_alarm, dump_samples, entropy_alarm, mode_metrics, mode_tokens, rollout_metrics
 from grpo.rewards import REWARDS, Indicator
-from rollout import rollout
+from rollout import check_engine, rollout
 
 ENTROPY_REWARDS = ("entropy_sparse", "entropy_dense")
 METHOD_FLAGS = (  # flag, the flag that decides whether it has an effect, with which of its values
@@ -219,6 +219,7 @@ def train(args: Args) -> dict:
         )
     model, tokenizer = load_policy(args)
     model.to(device())
+    check_engine(model, tokenizer, args)
     check_prompts(questions, tokenizer, args, model)
     show_prompt(questions[0], tokenizer, args.dialect)
     if args.beta > 0 or args.indicator == "reference":

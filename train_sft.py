@@ -58,7 +58,7 @@ from core.model import (
     token_stats,
 )
 from core.run import shuffled, start_run
-from core.trajectory import DataError, Question, Trajectory
+from core.trajectory import DataError, Question, Trajectory, check_tokenizer
 from data.questions import ADDED_KEYS, SYSTEM_KEYS, UNASKED_KEYS, check_parts, question_of, read_rows, refuse_fields
 
 
@@ -183,6 +183,7 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, args: Args, voc
         try:
             if "token_ids" in row:
                 t = Trajectory.from_row(row)
+                check_tokenizer([t], tokenizer, where)
             elif "response" in row:
                 t = from_demonstration(row, tokenizer, where)
             elif "completion" in row:
@@ -231,7 +232,7 @@ def from_demonstration(row: dict, tokenizer: PreTrainedTokenizerBase, where: str
         if role == "tool":
             results, names = [p["text"] for p in parts], [p.get("name") or "tool" for p in parts]
             for who, ids in results_segments(results, names, draft, tokenizer):
-                draft.append(who, ids, decode(tokenizer, ids))
+                draft.add_segment(who, ids, decode(tokenizer, ids))
             continue
         for part in parts:
             opening = draft.segments[-1][3] if draft.segments and draft.segments[-1][0] == "given" else ""
@@ -256,7 +257,7 @@ def from_pair(row: dict, tokenizer: PreTrainedTokenizerBase, where: str) -> Traj
     question = Question(str(row.get("id", where)), prompt, "", "qa")
     draft = Draft(question, 0, "tags", 0, ids, len(ids), finish="eos", sampled=False)
     text = completion.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
-    draft.append("model", encode(tokenizer, text), text)
+    draft.add_segment("model", encode(tokenizer, text), text)
     return to_trajectory(draft, tokenizer)
 
 

@@ -363,9 +363,10 @@ def main(words: list[str]) -> None:
     if name not in PLANS:
         print(f"bench.plan: error: {name} has no plan; these have one: {', '.join(PLANS)}", file=sys.stderr)
         sys.exit(2)
-    cls = importlib.import_module(name).Args
+    module = importlib.import_module(name)
+    cls, trained = module.Args, getattr(module, "trained_flags", None)
     sys.argv = words
-    cli(lambda args: dry_run(name, args, gb), for_a_gpu(cls) if gb and PLANS[name] else cls)
+    cli(lambda args: dry_run(name, args, gb), for_a_gpu(cls) if gb and PLANS[name] else cls, trained)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from core.trajectory import DataError
 
 A = TypeVar("A")
 
+TrainedFlags = Callable[[str], tuple[str, dict]]  # --model_name_or_path -> (file that tells, flags of its training)
+
 
 def arg(default: Any, help: str) -> Any:
     """A dataclass field with its help text: one line per flag."""
@@ -62,8 +64,11 @@ class RunArgs:
         require_positive(self, "threads")
 
 
-def parse_args(cls: type[A], argv: list[str] | None = None) -> A:
-    """Command line (with `--config file.json` as defaults) -> dataclass; a bad flag is one line and exit code 2."""
+def parse_args(cls: type[A], argv: list[str] | None = None, trained: TrainedFlags | None = None) -> A:
+    """Command line (with `--config file.json` as defaults) -> dataclass; a bad flag is one line and exit code 2.
+
+    trained: gives flags that neither of the two names the values that the model was trained with, and says so.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(cls, allow_abbrev=False, description=sys.modules[cls.__module__].__doc__)
     parser.epilog = "--dry_run [GB] prints what this command would do and need, here or on a GPU of so many GB."
@@ -73,7 +78,7 @@ def parse_args(cls: type[A], argv: list[str] | None = None) -> A:
         sys.exit(2)
 
     parser.error = fail
-    names = {f.name for f in fields(cls)}
+    names, given = {f.name for f in fields(cls)}, set()
     for i, word in enumerate(argv):
         if word == "--config" or word.startswith("--config="):
             path = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
@@ -85,6 +90,7 @@ def parse_args(cls: type[A], argv: list[str] | None = None) -> A:
             if unknown := set(values) - names:
                 fail(f"--config {path}: unknown flag {sorted(unknown)[0]!r}")
             parser.set_defaults(**values)
+            given = set(values)
             break
     for word in argv:
         flag = word.split("=")[0]
@@ -92,17 +98,24 @@ def parse_args(cls: type[A], argv: list[str] | None = None) -> A:
         if flag.startswith("--") and name not in names and name.removeprefix("no_") not in names and name != "help":
             near = difflib.get_close_matches(name, names, 1)
             fail(f"unknown flag {flag}" + (f" (did you mean --{near[0]}?)" if near else ""))
+        given |= {name, name.removeprefix("no_")}
+    if trained and (path := parser.parse_args(argv).model_name_or_path):
+        file, known = trained(path)
+        new = {name: v for name, v in known.items() if name not in given and v != parser.get_default(name)}
+        parser.set_defaults(**new)
+        if new:
+            print(f"from {file}: " + " ".join(f"--{name} {value}" for name, value in new.items()))
     try:
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
     except (ValueError, DataError) as e:
         fail(str(e))
 
 
-def cli(main: Callable[[A], Any], cls: type[A]) -> None:
+def cli(main: Callable[[A], Any], cls: type[A], trained: TrainedFlags | None = None) -> None:
     """Entry point of a script: bad input ends in one line and exit code 2, Ctrl-C in one line and 130."""
     if "--dry_run" in sys.argv:  # another program, which reads the flags as this one would (bench/plan.py)
         sys.exit(subprocess.call([sys.executable, "-m", "bench.plan", *sys.argv]))
-    args = parse_args(cls)
+    args = parse_args(cls, trained=trained)
     transformers.utils.logging.disable_progress_bar()  # our own bars show what matters
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:

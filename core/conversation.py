@@ -320,7 +320,7 @@ class Draft:
         """Tokens after the prompt, tool results included: what `max_completion_length` bounds."""
         return len(self.ids) - self.prompt_len
 
-    def append(self, who: str, ids: list[int], text: str, logp: list[float] | None = None) -> None:
+    def add_segment(self, who: str, ids: list[int], text: str, logp: list[float] | None = None) -> None:
         """Add one segment: `model` ids are trained on, `tool` and `given` ids are not. logp: the sampler's, if kept."""
         self.segments.append((who, len(self.ids), len(self.ids) + len(ids), text))
         if logp is not None:
@@ -331,7 +331,7 @@ class Draft:
     def write(self, who: str, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Add one segment of text, which is kept as its ids read (some tokenizers normalise)."""
         if ids := encode(tokenizer, text):
-            self.append(who, ids, decode(tokenizer, ids))
+            self.add_segment(who, ids, decode(tokenizer, ids))
 
 
 def open_draft(

@@ -145,20 +145,47 @@ def load_base(args: ModelArgs, path: str) -> PreTrainedModel:
         )
     except (OSError, ValueError) as e:
         raise DataError(f"--model_name_or_path {path}: {_first_line(e)}") from None
-    if args.load_in_4bit:
-        keep_cpu_weights_as_loaded(base)
+    keep_cpu_weights_as_loaded(base)  # a checkpoint may be 4-bit without the flag
     base.requires_grad_(False)
     _check_head(base, path)
+    check_scores(base, path)
     own = base.generation_config  # keep what ends a turn; how to sample is for the flags of rollout.py alone
     base.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
     return base
 
 
 def _check_head(model: torch.nn.Module, path: str) -> None:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise DataError(f"--model_name_or_path {path}: {type(causal_lm(model)).__name__} has no lm_head")
     try:
-        check_lm_head(model.get_output_embeddings(), causal_lm(model).config)
+        check_lm_head(head, causal_lm(model).config)
     except ValueError as e:
         raise DataError(f"--model_name_or_path {path}: {e}") from None
+
+
+@torch.no_grad()
+def check_scores(base: PreTrainedModel, path: str) -> None:
+    """DataError unless `token_stats` scores 16 random ids of a base as its own logits do, up to rounding of these.
+
+    Finds whatever stands between the last hidden state and the softmax (a cap, a scale, a bias, a layer), by any name.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.get_input_embeddings().num_embeddings, (1, 16), generator=generator).to(base.device)
+    ones = torch.ones_like(ids)
+    try:
+        scored = token_stats(base, Batch(ids, ones, ones.cumsum(dim=1) > 1))[0][:, 1:]  # (1, 15)
+    except ValueError as e:
+        raise DataError(f"--model_name_or_path {path}: {e}") from None
+    logits = base(input_ids=ids, attention_mask=ones, use_cache=False).logits[:, :-1]  # (1, 15, V)
+    own = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    gap = (scored - own).abs().max().item()
+    rounding = max(torch.finfo(logits.dtype).eps, 2**-11)  # TensorFloat-32, which a GPU may use for float32
+    if not gap <= 1e-3 + rounding * logits.abs().max().item():
+        raise DataError(
+            f"--model_name_or_path {path}: {type(base).__name__} gives tokens log-probs that differ by up to {gap:.3g} "
+            "nats from softmax(hidden @ lm_head.weight.T), which is what is trained here"
+        )
 
 
 def keep_cpu_weights_as_loaded(base: torch.nn.Module) -> None:
@@ -188,13 +215,25 @@ def load_policy(args: ModelArgs, trainable: bool = True) -> tuple[torch.nn.Modul
             check_adapter(config, args)
         config.lora_dropout = 0.0
         base = load_base(args, config.base_model_name_or_path)
+        give_pad_a_row(tokenizer, base, path)
         model = PeftModel.from_pretrained(base, path, is_trainable=trainable, config=config)
         _check_head(model, path)
         return model, tokenizer
     base = load_base(args, path)
+    give_pad_a_row(tokenizer, base, path)
     if not trainable:
         return base, tokenizer
     return with_adapter(base, args), tokenizer
+
+
+def give_pad_a_row(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, path: str) -> None:
+    """Pad with eos where the embedding has no row for the tokenizer's own pad; DataError if it has none for eos."""
+    rows = base.get_input_embeddings().num_embeddings
+    if tokenizer.eos_token_id >= rows:
+        eos = f"eos {tokenizer.eos_token} (id {tokenizer.eos_token_id})"
+        raise DataError(f"--model_name_or_path {path}: the model's embedding has {rows} rows, none for the {eos}")
+    if tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def check_adapter(config: LoraConfig, args: ModelArgs) -> None:

@@ -6,6 +6,7 @@ A run directory holds `config.json` (all arguments) and `env.json` (machine, ver
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -72,8 +73,11 @@ def _step_of(line: str) -> float:
 def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
     """Open `args.output_dir`: fresh, resumed (same arguments, unfinished) or finished (same arguments, result.json).
 
-    Sets the thread count and the global seeds. DataError if the folder holds another run or other files.
+    Sets the thread count and the global seeds. DataError if the folder holds another run or other files, or, before it
+    is made, if the tracker is not installed.
     """
+    report_to = getattr(args, "report_to", "none")
+    check_tracker(report_to)
     torch.set_num_threads(args.threads)
     seed_everything(args.seed)
     directory = Path(args.output_dir)
@@ -103,7 +107,7 @@ def start_run(args: Any, data_files: tuple[str, ...] = ()) -> Run:
         raise DataError(f"--output_dir {directory} is in use: it holds files but no config.json of a run")
     if distributed.rank() == 0:
         distributed.wait()
-    return Run(directory, finished, tracker(getattr(args, "report_to", "none"), directory, config))
+    return Run(directory, finished, tracker(report_to, directory, config))
 
 
 def keep_date(args: Any, config_file: Path | None) -> None:
@@ -172,6 +176,15 @@ def cpu_name() -> str:
     except OSError:
         found = None
     return found.group(1).strip() if found else platform.processor() or "unknown"
+
+
+def check_tracker(report_to: str) -> None:
+    """DataError if the package that `--report_to` names is not installed."""
+    if report_to == "none":
+        return
+    found = importlib.util.find_spec(report_to)
+    if not found or not found.origin:  # a folder of its runs is found as a package without code
+        raise DataError(f"--report_to {report_to}: not installed; install it or leave the flag out")
 
 
 def tracker(report_to: str, directory: Path, config: dict) -> Callable[[dict, int], None]:

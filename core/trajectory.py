@@ -9,9 +9,11 @@ import gzip
 import json
 import math
 import os
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TextIO, get_args
 
@@ -182,6 +184,30 @@ KINDS = {  # fields whose type a file may get wrong
     "response_text": str, "spans": list, "tool_calls": list, "question": str, "meta": dict,
 }  # fmt: skip
 UNCLOSED = "unclosed"  # ToolCall.error of a call whose closing tag never came
+
+
+def check_tokenizer(trajectories: Iterable[Trajectory], tokenizer: Any, where: str | Path) -> None:
+    """DataError that names the first trajectory whose model-written ids a tokenizer reads as other text than its own.
+
+    A model fed with another tokenizer's ids computes numbers that mean nothing. Spaces, undecodable bytes and Unicode
+    forms do not count: a tokenizer may change them between a text and its ids.
+    """
+    for t in trajectories:
+        runs = groupby(zip(t.token_ids, t.loss_mask), key=lambda pair: pair[1])
+        pieces = [tokenizer.decode([i for i, _ in run]) for written, run in runs if written]
+        rest, same, read = _letters(t.response_text), True, "".join(pieces)
+        for piece in map(_letters, pieces):
+            _, found, rest = rest.partition(piece) if piece else ("", "", rest)
+            same = same and found == piece
+        if not same or (pieces and t.response_text and not read):  # ids that it does not have are read as nothing
+            raise DataError(
+                f"{where}: trajectory {t.question_id}/{t.sample_idx} is of another tokenizer: this one reads its "
+                f"model-written tokens as {read[:60]!r}, its text is {t.response_text[:60]!r}"
+            )
+
+
+def _letters(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).replace("\ufffd", "").split())
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:

@@ -223,7 +223,7 @@ class Engine:
         if child := note_segment(draft, slot.opening, self.args.branching):
             child.cache = self.cache.save(i, len(child.ids) - 1)
         logp = slot.logp if self.args.check else None
-        draft.append("model", slot.new_ids, decode(self.tokenizer, slot.new_ids), logp)
+        draft.add_segment("model", slot.new_ids, decode(self.tokenizer, slot.new_ids), logp)
         slot.new_ids, slot.opening, slot.logp = [], [], []
         if not ended:
             draft.finish = "length"
@@ -271,6 +271,21 @@ class Engine:
                 self.cache.load(target, self.cache.save(source, slot.length))
                 self.slots[target] = slot
         del self.slots[rows:]
+
+
+@torch.no_grad()
+def check_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: SamplingArgs) -> None:
+    """ValueError for a model whose attention `attend` does not compute: windows, caps, sinks. Asked before any work."""
+    lm = causal_lm(model)
+    # not every model hands its windows to the attention function
+    if kinds := set(getattr(lm.config.get_text_config(), "layer_types", None) or []) - {"full_attention"}:
+        raise ValueError(f"--engine fast has no {min(kinds)}, which this model uses; use --engine hf")
+    with sampling_mode(model), slot_attention(lm):
+        engine = Engine(model, tokenizer, [], args, {}, None)
+        engine.cache.reserve(1)
+        at = torch.zeros(1, 1, dtype=torch.long, device=engine.on)
+        first = slice(0, 1)
+        engine.forward(at, [0], at, [(first, first, WIDTH, causal_mask(at, WIDTH, engine.dtype))])
 
 
 def complete(

@@ -159,6 +159,6 @@ def generate_turn(
     for d, new_ids, budget, entropy, logp in zip(drafts, out, budgets, entropies, logps):
         count, ended = turn_length(new_ids[:budget], set(eos), closing, STOPS[d.dialect], tokenizer)
         note_segment(d, entropy[:count], args.branching)
-        d.append("model", new_ids[:count], decode(tokenizer, new_ids[:count]), logp and logp[:count])
+        d.add_segment("model", new_ids[:count], decode(tokenizer, new_ids[:count]), logp and logp[:count])
         if not ended:
             d.finish = "length"

@@ -10,15 +10,21 @@ import torch
 from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from core.model import DTYPES, causal_lm
+from core.trajectory import DataError
 
 
 def plain_weight(layer: torch.nn.Module) -> Tensor:
-    """The layer's weight as a matrix (outputs, inputs); a 4-bit one is unpacked to its compute dtype."""
+    """The layer's weight as a matrix (outputs, inputs); a 4-bit one is unpacked to its compute dtype.
+
+    DataError for other quantisations.
+    """
     weight = layer.weight
     if not hasattr(weight, "quant_state"):
+        if not weight.is_floating_point():
+            raise DataError(f"--rollout_dtype: the base is quantised to {weight.dtype}, which is not unpacked here")
         return weight.data
     from bitsandbytes.functional import dequantize_4bit
 
@@ -40,19 +46,21 @@ def merged_copy(model: torch.nn.Module, dtype: str) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        plain = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=config._attn_implementation)
-    weights = {}
+        plain = type(lm)._from_config(config, dtype=kind, attn_implementation=config._attn_implementation)
+    weights, copies = {}, {}  # of a parameter with two names there is one copy
     for name, module in lm.named_modules():
         if ".lora_" in f".{name}":
             continue
         own = name.removesuffix(".base_layer")
         for key, value in module.named_parameters(recurse=False):
-            matrix = plain_weight(module) if key == "weight" else value.data
-            weights[f"{own}.{key}"] = matrix.to(kind, copy=True)
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+            if value not in copies:
+                matrix = plain_weight(module) if key == "weight" else value.data
+                copies[value] = matrix.to(kind, copy=True)
+            weights[f"{own}.{key}"] = copies[value]
+        for key, value in module.named_buffers(recurse=False):
+            if key not in module._non_persistent_buffers_set:
+                weights[f"{own}.{key}"] = value.to(kind if value.is_floating_point() else value.dtype, copy=True)
     plain.load_state_dict(weights, assign=True)
-    plain.tie_weights()
     plain.requires_grad_(False).to(next(model.parameters()).device).eval()
     plain.generation_config = lm.generation_config
     refresh(plain, model)

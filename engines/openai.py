@@ -169,7 +169,7 @@ def add_turn(
         text = decode(tokenizer, ids)
     if not ids:
         raise DataError(f"--base_url {server.url}: an empty turn for question {d.question.id!r}")
-    d.append("model", ids, text)
+    d.add_segment("model", ids, text)
     if not ended:
         d.finish = "length"
 

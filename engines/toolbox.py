@@ -18,6 +18,7 @@ from engines.args import SamplingArgs, is_url
 from tools.sandbox import PythonSandbox, ToolResult
 from tools.search import SearchClient, SearchError, SearchIndex, run_search
 
+FAILED_SEARCHES = 20  # in a row, after which a server is taken for broken
 ToolBox = dict[str, Callable[[Any], ToolResult]]  # name -> (its text; a dict if its schema has several parameters)
 
 
@@ -38,7 +39,9 @@ def search_tool(args: SamplingArgs) -> Callable[[str], ToolResult]:
     """
     check_index(args.index)
     if is_url(args.index):
-        return partial(search_at_server, _asked(lambda: SearchClient(args.index, args.search_protocol), args), args)
+        client = _asked(lambda: SearchClient(args.index, args.search_protocol), args)
+        _asked(lambda: client.search("health check", 1), args)  # it may be up and speak another protocol
+        return partial(search_at_server, client, args)
     index = SearchIndex.load(args.index)
     if args.noise:
         from data.world.noise import NoisyIndex  # here: only the world's own experiments search in noise
@@ -48,8 +51,13 @@ def search_tool(args: SamplingArgs) -> Callable[[str], ToolResult]:
 
 
 def search_at_server(client: SearchClient, args: SamplingArgs, query: str) -> ToolResult:
-    """One search. DataError if the server is gone: a policy must not learn from that; the same command goes on later."""
+    """One search. DataError if the server is gone: a policy must not learn from that; the same command goes on later.
+
+    So is a server that answers FAILED_SEARCHES searches in a row with an error.
+    """
     result = run_search(client, query, args.search_top_k, args.search_max_chars)
+    if client.failed >= FAILED_SEARCHES:
+        raise DataError(f"--index {args.index}: {client.failed} searches in a row failed, the last: {result.error}")
     if not result.ok:  # this query's matter, if the server still answers
         _asked(client.check_health, args)
     return result

@@ -180,4 +180,4 @@ def collect_results(pending: Pending, args: SamplingArgs, tokenizer: PreTrainedT
             d.finish = "length"
             continue
         for who, ids in segments:
-            d.append(who, ids, decode(tokenizer, ids))
+            d.add_segment(who, ids, decode(tokenizer, ids))

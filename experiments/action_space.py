@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from core.args import arg, cli
 from core.model import ModelArgs, causal_lm, collate, device, load_policy, sampling_mode
 from core.run import table, write_text
-from core.trajectory import DataError, Trajectory, load_trajectories
+from core.trajectory import DataError, Trajectory, check_tokenizer, load_trajectories
 from experiments.figures import pyplot, save
 
 
@@ -49,6 +49,8 @@ def main(args: Args) -> dict:
         if not stages[name] or not all(t.completion_tokens for t in stages[name]):
             raise DataError(f"--trajectories {name}={path}: a trajectory without model-written tokens, or none at all")
     model, tokenizer = load_policy(args, trainable=False)
+    for name, members in stages.items():
+        check_tokenizer(members, tokenizer, f"--trajectories {name}")
     model.to(device())
     embedded = {name: embeddings(ts, model, tokenizer) for name, ts in stages.items()}
     points, explained = principal_plane(torch.cat(list(embedded.values())))

@@ -22,13 +22,14 @@ from core.args import arg, check_numbers, cli
 from core.model import ModelArgs, device, load_policy, token_entropies
 from core.run import table, write_text
 from core.segments import Segment, calls_by_turn, entropy_changes, reducing, segment_entropies
-from core.trajectory import DataError, Trajectory, load_trajectories
+from core.trajectory import DataError, Trajectory, check_tokenizer, load_trajectories
 from eval.behaviour import CORRECT, call_labels
 from eval.grader import grade
 from experiments.figures import pyplot, save
 
 LABELS = ("needed", "redundant", "repeated", "failed")
 RESAMPLES = 1000
+FEW = 20  # calls of either class below which the AUC's interval would be narrower than the truth, and is left out
 
 
 class Call(NamedTuple):
@@ -126,6 +127,9 @@ def analyse(
     judged = [c for c in calls if c.label != "failed" and not isnan(c.change)]
     scores, needed = np.array([-c.change for c in judged]), np.array([c.label == "needed" for c in judged], dtype=bool)
     result["auc_needed"] = with_interval(auc, scores, needed, [c.question_id for c in judged])
+    result["auc_calls"] = {"needed": int(needed.sum()), "others": int((~needed).sum())}
+    if min(result["auc_calls"].values()) < FEW:
+        result["auc_needed"] |= {"low": None, "high": None}
     rows = [(t, s, reducing(segment_entropies(t, segment), margin)) for t, s in zip(trajectories, correctness)]
     called = [(t, s, found) for t, s, found in rows if found]
     pairs = {
@@ -140,9 +144,15 @@ def analyse(
     return result, calls
 
 
-def fill_entropies(trajectories: list[Trajectory], model_name_or_path: str, batch_size: int = 32) -> None:
-    """Give every trajectory without token entropies those of a model at T = 1, in nats."""
+def fill_entropies(
+    trajectories: list[Trajectory], model_name_or_path: str, batch_size: int = 32, where: str = "trajectories"
+) -> None:
+    """Give every trajectory without token entropies those of a model at T = 1, in nats.
+
+    DataError, which begins with `where`, for one that was sampled with another tokenizer.
+    """
     model, tokenizer = load_policy(ModelArgs(model_name_or_path=model_name_or_path), trainable=False)
+    check_tokenizer((t for t in trajectories if t.entropy is None), tokenizer, where)
     model.to(device()).eval()
     for t, values in zip(trajectories, token_entropies(trajectories, model, tokenizer.pad_token_id, batch_size)):
         t.entropy = values
@@ -173,7 +183,7 @@ def main(args: Args) -> str:
     if not trajectories:
         raise DataError(f"--trajectories {args.trajectories}: holds no trajectories")
     if args.model_name_or_path:
-        fill_entropies(trajectories, args.model_name_or_path)
+        fill_entropies(trajectories, args.model_name_or_path, where=args.trajectories)
     if missing := next((t for t in trajectories if t.entropy is None), None):
         raise DataError(
             f"{args.trajectories}: trajectory {missing.question_id}/{missing.sample_idx} has no field 'entropy'; "
@@ -189,10 +199,14 @@ def main(args: Args) -> str:
         groups |= {f"{field}: {name}": row for name, row in result[field].items()}
     intervals = {"AUC of −ΔH for needed calls": result["auc_needed"]}
     intervals |= {"correlation of " + name.replace("_", " "): v for name, v in result["correlations"].items()}
+    counts = result["auc_calls"]
+    note = f"The AUC compares {counts['needed']} needed calls with {counts['others']} others"
+    note += f"; fewer than {FEW} of either give no interval." if min(counts.values()) < FEW else "."
     text = f"""# Entropy reduction of tool calls
 
 Segment {args.segment}, margin {args.delta_margin}; entropies in nats;
 reducing = share of calls with I = 1; intervals: 95 %, bootstrap over questions.
+{note}
 
 {table(["calls", *result["all"]], [[name, *row.values()] for name, row in groups.items()])}
 

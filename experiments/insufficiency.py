@@ -21,12 +21,12 @@ from core.args import RunArgs, arg, cli, require_positive
 from core.conversation import to_trajectory
 from core.model import ModelArgs
 from core.run import drop_torn_line, seed_of, start_run, table
-from core.trajectory import DataError, Question, Trajectory, load_trajectories
+from core.trajectory import DataError, Question, Trajectory, check_tokenizer, load_trajectories
 from engines.toolbox import ToolBox, open_tools
 from eval.behaviour import CORRECT
 from eval.grader import grade
 from methods.operators import inject_hints
-from rollout import RolloutArgs, complete, load_sampler
+from rollout import RolloutArgs, complete, load_sampler, trained_flags
 
 
 @dataclass
@@ -63,6 +63,7 @@ def main(args: Args) -> dict:
         drop_torn_line(output)
         done = load_trajectories(output)
     model, tokenizer = load_sampler(args)
+    check_tokenizer(wrong, tokenizer, f"--trajectories {args.trajectories}")
     with open_tools(args) as toolbox, open(output, "a", encoding="utf-8") as out:
         bar = tqdm(total=len(wrong), initial=len(done), desc="hint", unit="trajectory")
         for at in range(len(done), len(wrong), args.rollout_batch_size):
@@ -135,4 +136,4 @@ def _correct(t: Trajectory) -> bool:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    cli(main, Args, trained_flags)

@@ -7,6 +7,11 @@ import torch
 
 IGNORE = -100  # target of a token that no loss reads: (logp, entropy) = (0, 0), no gradient
 
+LOGIT_SETTINGS = {  # of transformers' configurations -> the value that changes no logit
+    "final_logit_softcapping": None, "logits_soft_cap": None, "output_logit_soft_cap": None, "logit_scale": 1,
+    "logits_scaling": 1, "lm_head_multiplier": 1,
+}  # fmt: skip
+
 
 def graph_break(function):
     """`torch.compiler.disable`, applied under torch.compile only: a bare import of the kernels stays seconds faster.
@@ -69,8 +74,8 @@ def check_linear(hidden: torch.Tensor, weight: torch.Tensor) -> None:
 def check_lm_head(lm_head: torch.nn.Module, config=None) -> torch.Tensor:
     """The frozen weight (V, H) of a model's output head, or ValueError where logits are not `hidden @ weight.T`.
 
-    Refused: LoRA or modules_to_save on the head, a bias, a quantised or trainable weight, and (read from `config`,
-    the model's text configuration) final_logit_softcapping, logit_scale or logits_scaling other than 1.
+    Refused: LoRA or modules_to_save on the head, a bias, a quantised or trainable weight, and what the model's
+    `config`, or its `text_config`, says of caps (a value) and scales (other than 1) of the logits.
     """
     if hasattr(lm_head, "base_layer") or hasattr(lm_head, "modules_to_save"):
         raise ValueError(f"frozen lm_head only: {type(lm_head).__name__} is an adapter on lm_head")
@@ -80,8 +85,9 @@ def check_lm_head(lm_head: torch.nn.Module, config=None) -> torch.Tensor:
         raise ValueError(f"lm_head is quantised ({lm_head.weight.dtype}); leave it out of the quantisation")
     if lm_head.weight.requires_grad:
         raise ValueError("frozen lm_head only: lm_head.weight.requires_grad is True")
-    for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1), ("logits_scaling", 1)):
-        value = getattr(config, name, None)
-        if value is not None and value != neutral:
-            raise ValueError(f"config.{name} = {value}: logits of this model are not hidden @ lm_head.weight.T")
+    for name, neutral in LOGIT_SETTINGS.items():
+        for part in (config, getattr(config, "text_config", None)):
+            value = getattr(part, name, None)
+            if value is not None and value != neutral:
+                raise ValueError(f"config.{name} = {value}: logits of this model are not hidden @ lm_head.weight.T")
     return lm_head.weight

@@ -110,7 +110,7 @@ def replace_step(
             text += end if t.dialect == "hermes" and not text.endswith(end) else ""
         elif not text[-1].isspace():
             text += "\n"
-        draft.append("model", encode(tokenizer, text), text)
+        draft.add_segment("model", encode(tokenizer, text), text)
     return [draft]
 
 
@@ -128,7 +128,7 @@ def inject_hints(
     if finding is not None and finding.step + 1 < len(steps):
         draft = _up_to(t, question, steps, finding.step + 1, rng, tokenizer)
         hint = _reopened(draft, finding.step + 1, THINK + rng.choice(HINTS[t.task]), tokenizer)
-        draft.append("given", encode(tokenizer, hint), hint)
+        draft.add_segment("given", encode(tokenizer, hint), hint)
         drafts.append(draft)
     last = steps[-1]
     if (at := answer_start(last.text, t)) is not None:
@@ -146,7 +146,7 @@ def inject_hints(
         kept = _floor(starts, at)
         _keep(draft, t, last.start, last.start + kept, tokenizer)
         hint = last.text[starts[kept] : at] + hint
-        draft.append("given", encode(tokenizer, hint), hint)
+        draft.add_segment("given", encode(tokenizer, hint), hint)
         drafts.append(draft)
     return drafts
 
@@ -242,7 +242,7 @@ def _keep(draft: Draft, t: Trajectory, start: int, end: int, tokenizer: PreTrain
         while stop < len(writers) and writers[stop] == writers[at]:
             stop += 1
         ids = t.token_ids[start + at : start + stop]
-        draft.append(writers[at], ids, decode(tokenizer, ids))
+        draft.add_segment(writers[at], ids, decode(tokenizer, ids))
         at = stop
 
 
@@ -256,7 +256,7 @@ def _keep_edited(
         left, right = _floor(starts, a), bisect_left(starts, b)
         _keep(draft, t, step.start + at, step.start + left, tokenizer)
         text = step.text[starts[left] : a] + new + step.text[b : starts[right]]
-        draft.append("model", encode(tokenizer, text), text)
+        draft.add_segment("model", encode(tokenizer, text), text)
         at = right
     _keep(draft, t, step.start + at, step.end, tokenizer)
 

@@ -5,6 +5,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,14 @@ def test_hints_may_go_beyond_the_call_limits_of_the_samples(tmp_path, sampled, m
     assert (twice.n_calls, twice.rewards["correct"]) == (2, 1)
 
 
+def test_trajectories_of_another_tokenizer_are_not_hinted(tmp_path, sampled, monkeypatch):
+    other = [replace(t, response_text="of another") for t in load_trajectories(sampled)]
+    save_trajectories(sampled, other)
+    monkeypatch.setattr(insufficiency, "load_sampler", lambda args: (ScriptedModel(TOKENIZER, script), TOKENIZER))
+    with pytest.raises(DataError, match="--trajectories .*t.jsonl: trajectory .* is of another tokenizer"):
+        insufficiency.main(arguments(tmp_path, sampled))
+
+
 def test_no_room_for_a_hint_leaves_the_trajectory(tmp_path, sampled):
     wrong = [t for t in load_trajectories(sampled) if t.question_id == "one"]
     args = arguments(tmp_path, sampled, max_completion_length=20)
@@ -146,6 +155,9 @@ def test_the_map_is_written(tmp_path, tiny_model, sampled):
     assert [len(rows) for rows in result["stages"].values()] == [6, 2] and (tmp_path / "map/action_space.png").exists()
     for a, b in zip(result["stages"]["a"], result["stages"]["b"]):  # the same trajectory lies at the same place
         assert (a["id"], a["family"]) == (b["id"], b["family"]) and (a["x"], a["y"]) == pytest.approx((b["x"], b["y"]))
+    save_trajectories(tmp_path / "u.jsonl", [replace(other[0], response_text="of another")])
+    with pytest.raises(DataError, match="--trajectories b: trajectory .* is of another tokenizer"):
+        action_space.main(action_space.Args(**flags, trajectories=[f"b={tmp_path / 'u.jsonl'}"]))
     with pytest.raises(ValueError, match="NAME=FILE"):
         action_space.Args(**flags, trajectories=["a.jsonl"])
     (tmp_path / "empty.jsonl").write_text("")

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import save_with_byte_tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rollout as r
+import train_rl
 from bench.rollout import scripted_noise
 from core import conversation as c
 from core.model import ModelArgs, load_policy
 from core.run import seed_of
-from core.trajectory import Question
+from core.trajectory import DataError, Question
 from data.questions import load_questions
 from engines import branching, hf, slot_cache
 from engines import fast as e
@@ -338,6 +340,25 @@ def test_a_model_with_other_attention_is_refused_and_left_as_it_was(real):
     with pytest.raises(ValueError, match="no sliding_window.*use --engine hf"):
         r.rollout(model, tokenizer, [question(0)], RolloutArgs(engine="fast"), {}, (0,))
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("script, more", [(r, {}), (train_rl, {"max_steps": 1, "questions_per_step": 1})])
+@pytest.mark.parametrize("kind, named", [("sliding_attention", "sliding_attention"), ("full_attention", "softcap")])
+def test_other_attention_is_named_before_any_work(tmp_path, monkeypatch, script, more, kind, named):
+    """By the kinds of layers, of which not every model tells the attention function, or by what that is asked for."""
+    config = Qwen2Config(
+        vocab_size=264, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, use_sliding_window=True, sliding_window=8, layer_types=[kind],
+    )  # fmt: skip
+    attend = slot_cache.attend
+    monkeypatch.setattr(slot_cache, "attend", lambda *a, **options: attend(*a, **options | {"softcap": 2.0}))
+    (tmp_path / "q.jsonl").write_text('{"id": "q", "question": "1?", "answer": "1"}\n')
+    flags = {
+        "model_name_or_path": save_with_byte_tokenizer(Qwen2ForCausalLM(config), tmp_path / "m"),
+        "data": str(tmp_path / "q.jsonl"), "output" if script is r else "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    with pytest.raises(DataError, match=f"--model_name_or_path .*m: --engine fast has no {named}.*; use --engine hf"):
+        script.main(script.Args(**flags, engine="fast", num_generations=2, **more))
 
 
 @pytest.mark.slow

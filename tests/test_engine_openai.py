@@ -202,13 +202,13 @@ def test_ids_that_their_text_does_not_give_back_are_sent_as_ids(tiny_model):
     d = start_draft(QUESTIONS[0], 0, tokenizer, args, (0,))
     assert isinstance(openai.request_of(d, server, tokenizer, args)["prompt"], str)
     eos = tokenizer.eos_token_id
-    d.append("model", tokenizer("<|im_")["input_ids"] + tokenizer("end|>")["input_ids"], "<|im_end|>")  # spelled out
+    d.add_segment("model", tokenizer("<|im_")["input_ids"] + tokenizer("end|>")["input_ids"], "<|im_end|>")  # spelled out
     assert openai.request_of(d, server, tokenizer, args)["prompt"] == d.ids
     assert eos not in d.ids[d.prompt_len :]
     d.sampled = False
     assert openai.request_of(d, server, tokenizer, args)["prompt"] == d.ids  # its text would end the turn
     d = start_draft(QUESTIONS[0], 0, tokenizer, args, (0,))
-    d.append("model", [*tokenizer("xy")["input_ids"]], "xyz")
+    d.add_segment("model", [*tokenizer("xy")["input_ids"]], "xyz")
     d.sampled = False
     assert isinstance(openai.request_of(d, server, tokenizer, args)["prompt"], str)
 

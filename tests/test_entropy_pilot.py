@@ -16,7 +16,16 @@ from core.args import parse_args
 from core.model import ModelArgs, load_policy
 from core.trajectory import DataError, save_trajectories
 from experiments import entropy_pilot
-from experiments.entropy_pilot import Call, analyse, auc, calls_of, correlation, fill_entropies, summary, with_interval
+from experiments.entropy_pilot import (
+    Call,
+    analyse,
+    auc,
+    calls_of,
+    correlation,
+    fill_entropies,
+    summary,
+    with_interval,
+)
 
 
 def test_auc_equals_the_count_of_pairs():
@@ -123,6 +132,27 @@ def test_analysis_by_hand():
     assert result["correlations"]["calls_and_correctness"]["value"] == pytest.approx(np.corrcoef(calls, correct)[0, 1])
 
 
+@pytest.mark.parametrize("others, interval", [(19, False), (20, True)])
+def test_the_auc_of_few_calls_has_no_interval(tmp_path, others, interval):
+    """25 needed calls against 19 or 20 repeated ones."""
+    samples = [sample(f"n{i}", [2, 1 + i % 3]) for i in range(25 - others)]
+    samples += [sample(f"r{i}", [2, 1 + i % 2, 1 + i % 3], calls=("a", "a")) for i in range(others)]
+    result, _ = analyse(samples, [1.0] * len(samples))
+    assert result["auc_calls"] == {"needed": 25, "others": others} and 0 < result["auc_needed"]["value"] < 1
+    assert (result["auc_needed"]["low"] is not None) == (result["auc_needed"]["high"] is not None) == interval
+    save_trajectories(tmp_path / "t.jsonl", samples)
+    text = entropy_pilot.main(entropy_pilot.Args(trajectories=str(tmp_path / "t.jsonl"), output=str(tmp_path / "o")))
+    assert ("fewer than 20 of either give no interval" in text) != interval
+    assert f"compares 25 needed calls with {others} others" in text
+
+
+def test_command_refuses_trajectories_of_another_tokenizer(tmp_path, tiny_model):
+    save_trajectories(tmp_path / "t.jsonl", [replace(SAMPLES[0], entropy=None)])
+    flags = dict(trajectories=str(tmp_path / "t.jsonl"), output=str(tmp_path / "o"), model_name_or_path=str(tiny_model))
+    with pytest.raises(DataError, match="t.jsonl: trajectory q0/0 is of another tokenizer"):
+        entropy_pilot.main(entropy_pilot.Args(**flags))
+
+
 def test_command_writes_numbers_tables_and_figures(tmp_path, capsys):
     save_trajectories(tmp_path / "t.jsonl", SAMPLES)
     flags = dict(trajectories=str(tmp_path / "t.jsonl"), output=str(tmp_path / "out"))
@@ -150,9 +180,10 @@ def test_command_without_calls_and_without_entropies(tmp_path, capsys):
 
 
 def test_a_model_fills_in_missing_entropies(tiny_model):
-    bare = [replace(t, entropy=None) for t in SAMPLES[:2]] + [SAMPLES[2]]
+    model, tokenizer = load_policy(ModelArgs(model_name_or_path=str(tiny_model)), trainable=False)
+    texts = [tokenizer.decode(t.token_ids[t.prompt_len :]) for t in SAMPLES]
+    bare = [replace(t, entropy=None, response_text=text) for t, text in zip(SAMPLES[:2], texts)] + [SAMPLES[2]]
     fill_entropies(bare, str(tiny_model), batch_size=2)
-    model, _ = load_policy(ModelArgs(model_name_or_path=str(tiny_model)), trainable=False)
     for t in bare[:2]:
         with torch.no_grad():
             logp = model(torch.tensor([t.token_ids])).logits[0].log_softmax(-1)  # (T, V)

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,8 @@ def test_lm_head_refusals():
     Config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="config.final_logit_softcapping = 30.0"):
         check_lm_head(head, Config())
+    with pytest.raises(ValueError, match="config.logit_scale = 0.5"):  # a multimodal class has it one level down
+        check_lm_head(head, SimpleNamespace(text_config=SimpleNamespace(logit_scale=0.5)))
     with pytest.raises(ValueError, match="requires_grad"):
         check_lm_head(torch.nn.Linear(4, 5, bias=False))
     with pytest.raises(ValueError, match="bias"):

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import save_tiny_model
+from tiny_models import byte_tokenizer, save_tiny_model, save_with_byte_tokenizer, tiny_multimodal
+from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
+import kernels.checks
 from core import model as m
 from core.trajectory import DataError, Trajectory
 
@@ -254,3 +256,102 @@ def test_an_adapter_goes_on_with_its_own_rank(tiny_model, tmp_path):
     with pytest.raises(DataError, match="--lora_r 8: the adapter in .* goes on with its own, 4"):
         m.load_policy(m.ModelArgs(model_name_or_path=str(tmp_path / "a"), lora_r=8))
     m.load_policy(m.ModelArgs(model_name_or_path=str(tmp_path / "a"), lora_r=8), trainable=False)  # not used there
+
+
+SMALL = {
+    "vocab_size": 264, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def recurrent_gemma():
+    torch.manual_seed(0)
+    config = RecurrentGemmaConfig(**SMALL, head_dim=16, lru_width=64, attention_window_size=32, logits_soft_cap=30.0)
+    return RecurrentGemmaForCausalLM(config)
+
+
+class Biased(Qwen2ForCausalLM):
+    """A head that no name in a configuration tells of."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits + torch.linspace(0, 0.1, out.logits.shape[-1], dtype=out.logits.dtype)
+        return out
+
+
+@pytest.mark.parametrize("build, name", [(lambda: tiny_multimodal(2.0), "final_logit_softcapping = 2.0"),
+                                         (recurrent_gemma, "logits_soft_cap = 30.0")])  # fmt: skip
+def test_a_head_that_caps_its_logits_is_refused(tmp_path, monkeypatch, build, name):
+    """By the name of its setting; by what it computes where the name is not known."""
+    args = m.ModelArgs(save_with_byte_tokenizer(build(), tmp_path, head=20.0))
+    with pytest.raises(DataError, match=f"--model_name_or_path .*: config.{name}"):
+        m.load_policy(args)
+    monkeypatch.setattr(kernels.checks, "LOGIT_SETTINGS", {})
+    with pytest.raises(DataError, match=r"gives tokens log-probs that differ by up to \d+\.?\d* nats from softmax"):
+        m.load_policy(args)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_model_adds_to_its_logits_is_found(tmp_path, monkeypatch, dtype, four_bit):
+    torch.manual_seed(0)
+    folder = save_with_byte_tokenizer(Qwen2ForCausalLM(Qwen2Config(**SMALL)), tmp_path)
+    args = m.ModelArgs(folder, dtype=dtype, load_in_4bit=four_bit)
+    m.load_policy(args)
+    monkeypatch.setattr(m.AutoModelForCausalLM, "from_pretrained", Biased.from_pretrained)
+    with pytest.raises(DataError, match="Biased gives tokens log-probs that differ by up to 0.0"):
+        m.load_policy(args)
+
+
+def test_a_multimodal_class_without_a_cap_is_scored_rightly(tmp_path):
+    model, tokenizer = m.load_policy(m.ModelArgs(save_with_byte_tokenizer(tiny_multimodal(None), tmp_path, head=2.0)))
+    logp, _ = m.token_stats(model, m.collate(ROWS, tokenizer.pad_token_id, CPU))
+    for i, row in enumerate(ROWS):
+        expected = naive_stats(model, row, 1.0)
+        assert logp[i, : len(expected)].tolist() == pytest.approx([e[0] for e in expected], abs=2e-5)
+
+
+def test_padding_has_a_row_in_the_embedding(tmp_path):
+    """The pad token of some checkpoints lies beyond the embedding; an eos there could never be sampled."""
+    tokenizer = byte_tokenizer()
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert pad == eos + 1
+    for rows in (eos + 1, eos):
+        torch.manual_seed(0)
+        base = Qwen2ForCausalLM(Qwen2Config(**SMALL | {"vocab_size": rows}))
+        save_with_byte_tokenizer(base, tmp_path / str(rows))
+    model, tokenizer = m.load_policy(m.ModelArgs(str(tmp_path / str(eos + 1))))
+    assert tokenizer.pad_token_id == eos
+    m.token_stats(model, m.collate(ROWS, tokenizer.pad_token_id, CPU))
+    with pytest.raises(DataError, match=f"embedding has {eos} rows, none for the eos <.im_end.> .id {eos}"):
+        m.load_policy(m.ModelArgs(str(tmp_path / str(eos))))
+
+
+def test_a_4bit_checkpoint_needs_no_flag(tmp_path, monkeypatch):
+    """Loaded without `--load_in_4bit` it scores as with it, and is not repacked on a CPU with AVX512-BF16."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    flag = m.ModelArgs(str(save_tiny_model(tmp_path / "plain")), load_in_4bit=True)
+    base, tokenizer = m.load_policy(flag, trainable=False)
+    base.save_pretrained(tmp_path / "4bit")
+    tokenizer.save_pretrained(tmp_path / "4bit")
+    assert AutoConfig.from_pretrained(tmp_path / "4bit").quantization_config["load_in_4bit"]
+    for args in (m.ModelArgs(str(tmp_path / "4bit")), replace(flag, model_name_or_path=str(tmp_path / "4bit"))):
+        model, _ = m.load_policy(args)
+        assert not any(getattr(x, "support_avx512bf16_for_cpu", False) for x in model.modules())
+        batch = m.collate(ROWS, tokenizer.pad_token_id, CPU)
+        assert torch.equal(m.token_stats(model, batch)[0], m.token_stats(base, batch)[0])
+
+
+def test_rank_stabilised_adapters_are_scored_as_peft_computes_them(tiny_model, tmp_path):
+    base = m.load_base(m.ModelArgs(str(tiny_model)), str(tiny_model))
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], use_rslora=True)
+    adapted = get_peft_model(base, config)
+    randomise(adapted)
+    tokenizer = m.load_tokenizer(str(tiny_model))
+    m.save_adapter(adapted, tokenizer, tmp_path)
+    model, _ = m.load_policy(m.ModelArgs(str(tmp_path)))
+    batch = m.collate(ROWS, tokenizer.pad_token_id, CPU)
+    assert torch.equal(m.token_stats(model, batch)[0], m.token_stats(adapted, batch)[0])
+    expected = naive_stats(model, ROWS[0], 1.0)[1][0]
+    assert m.token_stats(model, batch)[0][0, 1].item() == pytest.approx(expected, abs=2e-5)

@@ -6,6 +6,7 @@
 import json
 import threading
 from collections import Counter
+from dataclasses import asdict
 from datetime import date
 from types import SimpleNamespace
 
@@ -18,7 +19,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import rollout as r
+import train_rl
 from core import conversation as c
+from core.args import parse_args
 from core.model import ModelArgs, load_policy
 from core.trajectory import DataError, Question, Span, ToolCall, load_trajectories
 from data.world.tokenizer import build_tokenizer
@@ -553,3 +556,35 @@ def test_command_line_continues_a_killed_run(tmp_path, tiny_model):
         r.main(r.Args(**flags))
     with pytest.raises(DataError, match="is a folder; name the file to write"):
         r.main(r.Args(**flags | {"output": str(tmp_path)}))
+
+
+def test_an_adapter_is_sampled_with_the_flags_of_its_training(tmp_path, capsys, tiny_model):
+    """Where none are given: by its own folder's config.json or, as a checkpoint, its run's; never seeds or paths."""
+    run = tmp_path / "rl"
+    (run / "checkpoint-2").mkdir(parents=True)
+    trained = train_rl.Args(
+        model_name_or_path="m", data="d", output_dir=str(run), index="i", search_top_k=1, noise=0.5, seed=7,
+        mode="think", max_completion_length=256, max_turn_length=99, num_generations=4,
+    )  # fmt: skip
+    (run / "config.json").write_text(json.dumps(asdict(trained)))
+    for folder in (run, run / "checkpoint-2"):
+        (folder / "adapter_config.json").write_text("{}")
+    (tmp_path / "curriculum").mkdir()
+    (tmp_path / "curriculum" / "result.json").write_text(json.dumps({"adapter": str(run)}))
+
+    def parse(cls, path, *words):
+        own = ["--model_name_or_path", str(path), "--data", "q", "--output", "o", *words]
+        return parse_args(cls, own, r.trained_flags)
+
+    for path in (run, run / "checkpoint-2", tmp_path / "curriculum"):
+        args = parse(r.Args, path)
+        assert (args.search_top_k, args.mode) == (1, "think")
+        assert (args.max_completion_length, args.max_turn_length) == (256, 99)
+        assert (args.seed, args.index, args.noise, args.num_generations) == (0, "", 0.0, 8)
+        line = "--mode think --max_completion_length 256 --max_turn_length 99 --search_top_k 1"
+        assert capsys.readouterr().out.strip() == f"from {run}/config.json: {line}"
+    (tmp_path / "mine.json").write_text('{"mode": "no_think"}')
+    args = parse(r.Args, run, "--search_top_k=3", "--max_turn_length", "0", "--config", str(tmp_path / "mine.json"))
+    assert (args.search_top_k, args.mode, args.max_turn_length) == (3, "no_think", 0)
+    assert capsys.readouterr().out.strip() == f"from {run}/config.json: --max_completion_length 256"
+    assert parse(r.Args, tiny_model).search_top_k == 4 and capsys.readouterr().out == ""

@@ -6,10 +6,13 @@ python -m pytest tests/test_sandbox.py            (-m slow -s: the load tests of
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -292,3 +295,25 @@ def test_calls_per_second_against_a_fresh_interpreter(level):
             ours += (time.monotonic() - start) / 20
     print(f"| {level} | {20 / ours:.0f} | {20 / fresh:.1f} | {fresh / ours:.0f} |")
     assert fresh >= 10 * ours
+
+
+@pytest.mark.parametrize("isolation", LEVELS)
+def test_an_environment_below_tmp_can_be_imported_and_not_written(isolation):
+    """Not only what the worker has imported before the call's own /tmp covers it."""
+    if isolation == "bubblewrap" and not shutil.which("bwrap"):
+        pytest.skip("no bwrap")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder, symlinks=True)
+        packages = Path(folder, "lib", f"python{sys.version_info.major}.{sys.version_info.minor}", "site-packages")
+        (packages / "lately.py").write_text("value = 7")
+        script = (
+            "import sys, warnings\nwarnings.simplefilter('ignore')\nfrom tools.sandbox import PythonSandbox\n"
+            f"with PythonSandbox(workers=1, isolation={isolation!r}) as sandbox:\n"
+            "    print(sandbox.run('import lately\\nlately.value').text)\n"
+            "    print(sandbox.run('import lately\\nopen(lately.__file__, \"a\")').ok)\n"
+            "    print(sandbox.run('open(\"a\", \"w\").write(\"b\")').text)"
+        )
+        os.chmod(folder, 0o755)
+        command = [f"{folder}/bin/python", "-c", script]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        assert done.stdout.split() == ["7", "False", "1"], done.stderr

@@ -23,7 +23,7 @@ import pytest
 import tools.search
 import tools.serve_search
 from core.trajectory import DataError
-from engines.toolbox import open_tools
+from engines.toolbox import FAILED_SEARCHES, open_tools
 from rollout import RolloutArgs
 from tools.sandbox import ToolResult
 from tools.search import SearchClient, SearchError, SearchIndex, normalise_passage, read_passages, render, run_search
@@ -103,6 +103,38 @@ def test_a_server_that_goes_away_ends_the_run(index, monkeypatch):
         thread.join()
         with pytest.raises(DataError, match="--index http://127.0.0.1:"):
             toolbox["search"]("cats purr")
+
+
+def test_a_server_of_passages_without_id_and_score(server, monkeypatch):
+    """What Search-R1's servers for web search answer."""
+    hits = [{"document": {"contents": '"Cats"\ncats purr'}}, {"document": {"contents": "a cat alone"}}]
+    monkeypatch.setitem(tools.serve_search.PAGES, "/retrieve", lambda *_: {"result": [hits]})
+    args = RolloutArgs(index=f"http://127.0.0.1:{server.server_address[1]}", search_protocol="search_r1")
+    with open_tools(args) as toolbox:
+        result = toolbox["search"]("cats")
+        assert result.ok and result.text == "Cats\ncats purr\n\na cat alone"
+
+
+@pytest.mark.parametrize("protocol, page", [("flashrag", "/batch_search"), ("search_r1", "/retrieve")])
+def test_a_server_that_answers_every_search_with_an_error_ends_the_run(server, monkeypatch, protocol, page):
+    """At the start, before any work, and in the middle, where its health check still passes."""
+    monkeypatch.setattr(SearchClient.__init__, "__defaults__", ("flashrag", 5.0, 0, 0.0))
+    args = RolloutArgs(index=f"http://127.0.0.1:{server.server_address[1]}", search_protocol=protocol)
+    works = tools.serve_search.PAGES[page]
+    with open_tools(args) as toolbox:
+        for turn in (0, 1):  # one answer begins the count again
+            assert toolbox["search"](f"cats {turn}").ok
+            monkeypatch.setitem(tools.serve_search.PAGES, page, lambda *_: [{"no": "passage"}])
+            for i in range(FAILED_SEARCHES - 1):
+                assert not toolbox["search"](f"dogs {turn} {i}").ok
+            monkeypatch.setitem(tools.serve_search.PAGES, page, works)
+        monkeypatch.setitem(tools.serve_search.PAGES, page, lambda *_: [{"no": "passage"}])
+        with pytest.raises(DataError, match=f"searches in a row failed, the last: .* does not speak {protocol}"):
+            for i in range(FAILED_SEARCHES):
+                toolbox["search"](f"foxes {i}")
+                assert toolbox["search"]("cats 0").ok  # the cache answers, not the server
+    with pytest.raises(DataError, match=f"--index http://127.0.0.1:.* does not speak {protocol}"), open_tools(args):
+        pass
 
 
 # ---- the index

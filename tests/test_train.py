@@ -6,6 +6,8 @@
 import dataclasses
 import datetime
 import gzip
+import importlib.machinery
+import importlib.util
 import json
 import os
 import re
@@ -629,6 +631,18 @@ def test_a_resumed_run_keeps_its_day(sft_flags):
         run.start_run(train_sft.Args(**sft_flags, date="2024-02-04"))
 
 
+def test_sft_refuses_ids_of_another_tokenizer(sft_flags, tmp_path):
+    args = train_sft.Args(**sft_flags)
+    _, tokenizer = load_policy(args)
+    t = train_sft.load_examples(args.data, tokenizer, args, len(tokenizer))[0]
+    (tmp_path / "t.jsonl").write_text(t.to_json() + "\n")
+    assert train_sft.load_examples(str(tmp_path / "t.jsonl"), tokenizer, args, len(tokenizer)) == [t]
+    t.token_ids = [(i + 1) % 256 for i in t.token_ids]
+    (tmp_path / "t.jsonl").write_text(t.to_json() + "\n")
+    with pytest.raises(DataError, match=f"t.jsonl:1: trajectory {t.question_id}/0 is of another tokenizer"):
+        train_sft.load_examples(str(tmp_path / "t.jsonl"), tokenizer, args, len(tokenizer))
+
+
 def test_sft_loss_is_the_token_mean_of_the_step_and_falls(sft_flags, capsys):
     args = train_sft.Args(**sft_flags | {"gradient_accumulation_steps": 4})
     result = train_sft.main(args)
@@ -840,7 +854,7 @@ def test_a_call_without_thoughts_is_trained_under_a_template_that_adds_them():
     ],
 )  # fmt: skip
 def test_chats_that_a_template_changes_are_refused(template, row, message):
-    with pytest.raises(run.DataError, match=f"here: .*{message}"):
+    with pytest.raises(DataError, match=f"here: .*{message}"):
         trained(row, template)
 
 
@@ -859,7 +873,7 @@ def test_pairs_of_prompt_and_completion():
         ({"prompt": prompt, "completion": ["b"]}, "field 'completion' part 0 has no text 'role'"),
         ({"prompt": prompt, "completion": prompt[:1]}, "field .messages. needs an assistant message"),
     ):
-        with pytest.raises(run.DataError, match=f"here: {message}"):
+        with pytest.raises(DataError, match=f"here: {message}"):
             read(row)
 
 
@@ -932,3 +946,15 @@ def test_a_start_killed_between_its_two_files_starts_again(tmp_path):
     opened = run.start_run(RunArgs(output_dir=str(tmp_path / "run"), threads=1))
     assert opened.finished is None and json.loads((tmp_path / "run" / "env.json").read_text())
     assert (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("script, found", [(train_rl, True), (train_sft, False)])
+def test_a_tracker_that_is_not_installed_is_one_line_before_any_work(flags, script, found, monkeypatch, capsys):
+    """Also beside a folder of the tracker's earlier runs, which Python would import as an empty package."""
+    folder = importlib.machinery.ModuleSpec("wandb", None, is_package=True)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: (folder if found else None) if n == "wandb" else real(n, *a))
+    own = {f.name for f in dataclasses.fields(script.Args)}
+    given = {flag: value for flag, value in flags.items() if flag in own} | {"report_to": "wandb"}
+    assert "--report_to wandb: not installed" in error_of(script, given, monkeypatch, capsys)
+    assert not Path(flags["output_dir"]).exists()

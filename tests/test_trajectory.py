@@ -15,6 +15,7 @@ from core.trajectory import (
     Span,
     ToolCall,
     Trajectory,
+    check_tokenizer,
     groups_of,
     load_trajectories,
     read_jsonl,
@@ -167,3 +168,32 @@ def test_jsonl_of_other_editors_and_gzip(tmp_path):
 def test_groups_keep_order():
     ts = [make(question_id=q, sample_idx=i) for q, i in (("b", 1), ("a", 0), ("b", 0))]
     assert [[(t.question_id, t.sample_idx) for t in g] for g in groups_of(ts)] == [[("b", 0), ("b", 1)], [("a", 0)]]
+
+
+class Reads:
+    """A tokenizer of given texts."""
+
+    def __init__(self, **texts):
+        self.texts = {int(name[1:]): text for name, text in texts.items()}
+
+    def decode(self, ids):
+        return "".join(self.texts.get(i, "") for i in ids)
+
+
+def test_ids_of_another_tokenizer_are_named():
+    """Model-written tokens count, in order; spaces, undecodable bytes and Unicode forms do not, nor tool results."""
+
+    def written(text, ids, mask):
+        return Trajectory("q", 3, "think", [9, *ids], 1, [0, *mask], True, text, [], [], "eos", "")
+
+    mine = Reads(_1="call ", _2="e\u0301t", _3="done", _4="\ufffd", _9="prompt", _7="result")
+    good = [
+        written("call result. \u00e9t done", [1, 7, 2, 3], [1, 0, 1, 1]),
+        written("call", [1, 4], [1, 1]),
+        written("", [5], [1]),
+    ]
+    check_tokenizer(good, mine, "t.jsonl")
+    check_tokenizer(good[:1], Reads(_1="call", _2="\u00e9t", _3="done"), "t.jsonl")
+    for other in (Reads(_1="x", _2="\u00e9t", _3="done"), Reads(_1="done", _2="call", _3=""), Reads()):
+        with pytest.raises(DataError, match="t.jsonl: trajectory q/3 is of another tokenizer"):
+            check_tokenizer(good, other, "t.jsonl")

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 TEMPLATE = (  # the shape of Qwen's: a header and an end mark per message, tool results in a user turn
     "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
@@ -162,6 +170,29 @@ def save_tiny_model(folder: Path, seed: int = 0, bias: bool = True, extra: list[
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_with_byte_tokenizer(model, folder: Path, head: float = 1.0) -> str:
+    """Write a model of at least 259 rows with the byte tokenizer, its output head scaled; returns the folder."""
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(head)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_multimodal(cap: float | None, tied: bool = True):
+    """A Gemma 4 that AutoModelForCausalLM loads as its multimodal class, without towers; `cap` of the logits."""
+    text = Gemma4TextConfig(
+        vocab_size=264, vocab_size_per_layer_input=264, hidden_size=64, hidden_size_per_layer_input=0,
+        intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        global_head_dim=16, final_logit_softcapping=cap, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    ids = {"image_token_id": 261, "boi_token_id": 262, "eoi_token_id": 263, "audio_token_id": 260}
+    torch.manual_seed(0)
+    return Gemma4ForConditionalGeneration(
+        Gemma4Config(text_config=text, vision_config=None, audio_config=None, tie_word_embeddings=tied, **ids)
+    )
 
 
 class ScriptedModel(torch.nn.Module):

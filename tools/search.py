@@ -168,7 +168,8 @@ class SearchClient:
 
     protocol: "flashrag" (POST /search, /batch_search; ET-Agent's retriever) or "search_r1" (POST /retrieve).
     timeout: seconds per attempt; retries: further attempts, after backoff, 2·backoff, 4·backoff … seconds.
-    Raises SearchError if the server does not answer.
+    Raises SearchError if the server does not answer, or not in this protocol. Search-R1's web search servers give
+    passages neither id nor score: both are None then. failed: requests in a row that brought an error.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class SearchClient:
         self.url, self.protocol = url.rstrip("/"), protocol
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self._cached = functools.lru_cache(CACHED_QUERIES)(lambda query, k: self.search_many([query], k)[0])
+        self.failed = 0
         self.check_health()
 
     def check_health(self) -> None:
@@ -200,18 +202,31 @@ class SearchClient:
 
     def _ask(self, queries: list[str], k: int) -> list[list[dict]]:
         try:
+            answers = self._answers(queries, k)
+        except SearchError:
+            self.failed += 1
+            raise
+        self.failed = 0
+        return answers
+
+    def _answers(self, queries: list[str], k: int) -> list[list[dict]]:
+        try:
             if self.protocol == "flashrag":
                 reply = self._request("/batch_search", {"query": queries, "top_n": k, "return_score": True})
                 found = [list(zip(*pair, strict=True)) for pair in zip(*reply, strict=True)]
             else:
                 reply = self._request("/retrieve", {"queries": queries, "topk": k, "return_scores": True})
-                found = [[(hit["document"], hit["score"]) for hit in hits] for hits in reply["result"]]
+                found = [[(hit["document"], hit.get("score")) for hit in hits] for hits in reply["result"]]
             if len(found) != len(queries):
                 raise ValueError(f"{len(found)} answers to {len(queries)} queries")
             return [
-                [normalise_passage(document) | {"score": float(score)} for document, score in hits] for hits in found
+                [
+                    normalise_passage({"id": None} | document) | {"score": None if score is None else float(score)}
+                    for document, score in hits
+                ]
+                for hits in found
             ]
-        except (KeyError, TypeError, ValueError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise SearchError(f"{self.url} does not speak {self.protocol}: {e!r}") from None
 
     def _request(self, path: str, body: dict | None):

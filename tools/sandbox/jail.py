@@ -14,7 +14,7 @@ import subprocess
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 NEW_ANYTHING = 0x7E020000  # every CLONE_NEW… flag, cgroup included
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 1, 2, 4, 4096, 16384, 1 << 18, 2
-AT_FDCWD, AT_RECURSIVE = -100, 0x8000
+AT_FDCWD, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = -100, 0x8000, 1, 4
 PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 22, 24, 38
 LIBRARIES = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives", "/etc/ld.so.cache",
              "/etc/localtime")  # fmt: skip
@@ -140,11 +140,20 @@ def new_process_namespace() -> None:
     check(libc.unshare(NEWPID), "unshare")
 
 
-def private_tmp(megabytes: int) -> None:
-    """New mount and IPC namespaces for one call, an empty /tmp of limited size in them."""
+def private_tmp(megabytes: int, view: list[str]) -> None:
+    """New mount and IPC namespaces for one call, an empty /tmp of limited size in them.
+
+    What `view` has below /tmp (a virtual environment, say) stays there, read-only.
+    """
     check(libc.unshare(NEWNS | NEWIPC), "unshare")
     mount("none", "/", None, MS_REC | MS_PRIVATE)
+    kept = {path: syscall("open_tree", AT_FDCWD, path.encode(), OPEN_TREE_CLONE | AT_RECURSIVE)
+            for path in view if path.startswith("/tmp/")}  # fmt: skip
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={megabytes}m,nr_inodes=10000,mode=1777")
+    for path, tree in kept.items():
+        os.makedirs(path)
+        syscall("move_mount", tree, b"", AT_FDCWD, path.encode(), MOVE_MOUNT_F_EMPTY_PATH)
+        os.close(tree)
 
 
 def set_limits(memory_bytes: int, seconds: int, file_bytes: int, processes: int) -> None:

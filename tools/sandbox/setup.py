@@ -6,6 +6,7 @@ Used by tools/sandbox/__init__.py. bubblewrap's jail is described here; the one 
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def command_line(config: dict) -> list[str]:
 
 def bubblewrap(view: list[str]) -> list[str]:
     """The bwrap command line of one worker: root in its own namespaces, so that it can jail each call once more."""
-    command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--as-pid-1"]
+    program = shutil.which("bwrap") or "bwrap"  # on our PATH, the worker gets another
+    command = [program, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--as-pid-1"]
     if os.getuid() != 0:
         command += ["--unshare-user", "--uid", "0", "--gid", "0"]
     command += ["--cap-add", "ALL"]

@@ -35,7 +35,7 @@ def confine(config: dict, folder: str) -> None:
     """Everything between the fork and the model's code; an exception here means that the code is not run."""
     plain = config["level"] == "rlimits"
     if not plain:
-        jail.private_tmp(config["file_mb"])
+        jail.private_tmp(config["file_mb"], config["view"])
     elif config["landlock"]:
         jail.allow_only_paths(config["view"], folder)
     os.chdir(folder)
