@@ -118,17 +118,8 @@ def load_sampler(args: Any) -> tuple[Any, PreTrainedTokenizerBase]:
         return openai.connect(args)
     model, tokenizer = load_policy(args, trainable=False)
     model.to(device())
-    check_engine(model, tokenizer, args)
+    fast.check_engine(model, tokenizer, args)
     return model, tokenizer
-
-
-def check_engine(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
-    """DataError if `--engine fast` cannot sample from this model."""
-    if args.engine == "fast":
-        try:
-            fast.check_model(model, tokenizer, args)
-        except ValueError as e:
-            raise DataError(f"--model_name_or_path {args.model_name_or_path}: {e}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -55,6 +55,7 @@ from core.segments import Segment
 from core.trajectory import DataError, Trajectory, groups_of
 from data.questions import load_questions
 from engines.args import SamplingArgs
+from engines.fast import check_engine
 from engines.merged import merged_copy, refresh
 from engines.toolbox import check_index, open_tools
 from engines.turns import check_prompts, start_draft
@@ -71,7 +72,7 @@ from grpo.constraint import (
 )
 from grpo.metrics import clipped_alarm, dump_samples, entropy_alarm, mode_metrics, mode_tokens, rollout_metrics
 from grpo.rewards import REWARDS, Indicator
-from rollout import check_engine, rollout
+from rollout import rollout
 
 ENTROPY_REWARDS = ("entropy_sparse", "entropy_dense")
 METHOD_FLAGS = (  # flag, the flag that decides whether it has an effect, with which of its values

@@ -22,6 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from core.conversation import Draft, decode
 from core.model import causal_lm, sampling_mode
 from core.parse import STOPS
+from core.trajectory import DataError
 from engines.args import SamplingArgs
 from engines.branching import OPENING, entropy_share, note_segment
 from engines.slot_cache import CALL, WIDTH, Group, SlotCache, causal_mask, round_up, slot_attention, slot_plan
@@ -273,9 +275,17 @@ class Engine:
         del self.slots[rows:]
 
 
+def check_engine(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
+    """DataError if `--engine fast` is asked of a model whose attention it does not compute: windows, caps, sinks."""
+    if args.engine == "fast":
+        try:
+            _check_attention(model, tokenizer, args)
+        except ValueError as e:
+            raise DataError(f"--model_name_or_path {args.model_name_or_path}: {e}") from None
+
+
 @torch.no_grad()
-def check_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: SamplingArgs) -> None:
-    """ValueError for a model whose attention `attend` does not compute: windows, caps, sinks. Asked before any work."""
+def _check_attention(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: SamplingArgs) -> None:
     lm = causal_lm(model)
     # not every model hands its windows to the attention function
     if kinds := set(getattr(lm.config.get_text_config(), "layer_types", None) or []) - {"full_attention"}:

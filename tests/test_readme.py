@@ -1,4 +1,4 @@
-"""README's world commands, as they stand, at small sizes.
+"""The world's commands by hand (data/world/__init__.py), as they stand, at small sizes.
 
     python -m pytest -m slow tests/test_readme.py
 """
@@ -7,9 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+
+import data.world
 
 ROOT = Path(__file__).parents[1]
 SMALL = {  # script -> flags behind those of the README; the last one given counts
@@ -25,7 +28,7 @@ SMALL = {  # script -> flags behind those of the README; the last one given coun
 
 
 def small_commands():
-    block = (ROOT / "README.md").read_text().split("Every step of the three methods, by hand:")[1].split("```")[1].removeprefix("bash")
+    block = textwrap.dedent(data.world.__doc__.split("on a CPU:")[1])
     lines = block.replace("\\\n", " ").strip().splitlines()
     for line in lines:
         if script := re.match(r"python (?:-m )?(\S+)", line):
