@@ -1,16 +1,15 @@
-"""Rollout: sample multi-turn trajectories with tools, on plain Hugging Face `generate`. Library and command line.
+"""Rollout: sample multi-turn trajectories with tools, by the engine that `--engine` names. Library and command line.
 
     python rollout.py --model_name_or_path data/tiny --data Q.jsonl --index DIR --search_top_k 1 --output T.jsonl
 
 1. Render each question with the chat template, tokenise it once, make G drafts of it.
-2. `generate` for all live drafts at once, until each closes a tool call or its answer, ends, or spends its budget.
-3. Keep the sampled ids verbatim (loss_mask 1); run the tool calls of the batch concurrently.
-4. Append each tool's result as ids (loss_mask 0) and go to 2 with the drafts that are not finished.
+2. The engine samples each draft until it closes a tool call or its answer, ends, or spends its budget.
+3. Sampled ids are kept verbatim (loss_mask 1); tool calls run beside the sampling.
+4. Each tool's result is appended as ids (loss_mask 0), and the draft goes on with 2.
 
 On the command line, flags that shape a conversation and are not given are those that the adapter was trained with.
 Nothing that was sampled is decoded and tokenised again. A draft's randomness is a pure function of (run seed, step,
-question id, sample index, position), so a resumed run needs no replay. Every turn prefills its whole context again:
-the readable reference. `--engine fast` (engines/fast.py) does the same work on a cache that lives across turns.
+question id, sample index, position), so a resumed run needs no replay.
 """
 
 import json

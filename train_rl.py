@@ -7,7 +7,7 @@ Each step, for `questions_per_step` questions:
 2. old logp   log-probs and entropies of their tokens by the training forward itself, so the first ratio is exactly 1
 3. reward     REWARDS[--reward] over each group
 4. advantage  ADVANTAGES[--advantage] over each group, one value per token
-5. update     clipped surrogate + optional k3 KL to the starting adapter, weights fixed over the whole optimizer step,
+5. update     clipped surrogate + optional k3 KL to the starting adapter, tokens weighted over the whole optimizer step,
               and an entropy bonus by --entropy_regulariser, whose coefficient may be learned
 Only model-written tokens (loss_mask 1) are trained on. `torchrun --nproc_per_node N train_rl.py …` shares the questions
 of a step among N processes. Left out on purpose: value networks, reward models, off-policy replay. What a step logs:
@@ -72,10 +72,10 @@ from grpo.constraint import (
 )
 from grpo.metrics import clipped_alarm, dump_samples, entropy_alarm, mode_metrics, mode_tokens, rollout_metrics
 from grpo.rewards import REWARDS, Indicator
-from rollout import rollout
+from rollout import ENGINES, rollout
 
 ENTROPY_REWARDS = ("entropy_sparse", "entropy_dense")
-METHOD_FLAGS = (  # flag, the flag that decides whether it has an effect, with which of its values
+METHOD_FLAGS = (  # a flag set where it has no effect is an error: flag, the flag that decides, with which values
     *((flag, "reward", ("et_agent",)) for flag in ("sigma_tool", "sigma_length", "sigma_schedule", "behaviour_gain")),
     *((flag, "reward", ENTROPY_REWARDS) for flag in ("segment", "delta_margin", "indicator")),
     ("dense_alpha", "reward", ("entropy_dense",)),
@@ -100,7 +100,9 @@ class Args(SamplingArgs, ModelArgs, RunArgs):
     task: Literal["auto", "math", "qa", "function"] = arg("auto", "task of all rows; auto = what the row says")
     limit: int = arg(0, "first N questions only, 0 = all")
     split: str = arg("train", "split, if --data is a dataset id")
-    engine: Literal["hf", "fast"] = arg("hf", "sampler: hf = generate, the reference; fast = engines/fast.py")
+    engine: Literal[tuple(name for name in ENGINES if name != "openai")] = arg(
+        "hf", "sampler: hf = generate, the reference; fast = engines/fast.py"
+    )
     # --- reward and advantage
     reward: Literal[tuple(REWARDS)] = arg("correct", "what is optimised")
     sigma_tool: float = arg(0.1, "et_agent: how steeply more calls than the group's mean cost (paper 0.1)")
@@ -234,6 +236,7 @@ def train(args: Args) -> dict:
     metrics = state.get("metrics", {})
     constraint = EntropyState(**state["entropy_state"]) if state else first_entropy_state(args)
     sampler = model if args.rollout_dtype == "policy" else merged_copy(model, args.rollout_dtype)
+    # what the template has written of an answer decides after how many tokens its mode is known
     written = "".join(piece for *_, piece in start_draft(questions[0], 0, tokenizer, args, ()).segments)
     opening = mode_tokens(tokenizer, written) if args.mode == "auto" else 0
 
@@ -245,6 +248,7 @@ def train(args: Args) -> dict:
 
             # ------------------------------------------------------------------------------------ questions
             indices = question_indices(len(questions), args.questions_per_step, step, args.seed)
+            # the questions of each optimizer step; this process has its share of them
             mine = [distributed.share(part) for part in split(indices, args.updates_per_batch)]
             examples = [questions[i] for part in mine for i in part]
             now = at_step(step, args)  # the flags, σ as the schedule has it at this step
@@ -259,7 +263,7 @@ def train(args: Args) -> dict:
 
             # ------------------------------------------------------------------------------------ old log-probs
             # We do not trust the sampler's own: its arithmetic differs slightly from training's. A second forward pass
-            # costs time, but the first ratio of the update is then exactly 1.
+            # costs time, but the first ratio of the update is then exactly 1. It fills t.entropy, which rewards read.
             model.train()
             batches = [micro_batches(part, model, tokenizer.pad_token_id, args) for part in parts]
             if args.check:
@@ -277,11 +281,12 @@ def train(args: Args) -> dict:
                     t.check()
 
             # ------------------------------------------------------------------------------------ update
+            # of all processes: token weights and metrics are over the whole step
             parts = [distributed.gather(part) for part in parts]
             everyone = [t for part in parts for t in part]
             constraint = with_targets(constraint, everyone, args)
             stats = []
-            for batch, part in [*zip(batches, parts)] * args.num_iterations:
+            for batch, part in [*zip(batches, parts)] * args.num_iterations:  # one optimizer step each
                 betas = trajectory_betas(part, constraint, args)
                 stats.append(update(model, optimizer, scheduler, batch, part, betas, args))
                 if not stats[-1]["skipped_updates"]:
@@ -290,7 +295,8 @@ def train(args: Args) -> dict:
             # ------------------------------------------------------------------------------------ log, save
             groups = groups_of(everyone)
             counted = rollout_metrics(groups)
-            cut_off, limits = counted["completions/clipped_ratio"], (args.max_completion_length, args.max_tool_calling_iterations)
+            cut_off = counted["completions/clipped_ratio"]
+            limits = (args.max_completion_length, args.max_tool_calling_iterations)
             metrics = {
                 **counted,
                 **mode_metrics(everyone, opening),
@@ -338,7 +344,7 @@ def split(items: list, parts: int) -> list[list]:
     return [items[i * size : (i + 1) * size] for i in range(parts)]
 
 
-# ---------------------------------------------------------------------------------------------------- one optimizer step
+# -------------------------------------------------------------------------------------------- one optimizer step
 
 
 class MicroBatch(NamedTuple):
@@ -405,7 +411,7 @@ def update(
     for mb in part:
         per_row = [row_terms[t.question_id, t.sample_idx] for t in mb.trajectories]
         if args.beta == 0 and not any(w and (b or any(t.advantage)) for t, (w, b) in zip(mb.trajectories, per_row)):
-            continue  # no gradient from any of its trajectories
+            continue  # no advantage, no bonus, no KL: no gradient
         with masked_tokens_have_no_gradient(model, mb.batch) if args.check else nullcontext():
             loss, stats = policy_loss(model, mb, per_row, args)
         loss.backward()

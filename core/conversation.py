@@ -1,4 +1,4 @@
-"""Conversations with tools: prompts, drafts of trajectories, and what a tool call is answered with.
+"""How a question becomes a prompt (`render_prompt`), and how a response grows turn by turn (`Draft`).
 
 Shared by every sampler (rollout.py) and by train_sft.py, so that all of them build the same ids, masks and spans: a
 `Draft` grows segment by segment, each tokenised once, and becomes a `Trajectory` when it is finished.

@@ -1,4 +1,4 @@
-"""Run-time plumbing that is not the algorithm: arguments, run directory, seeds, metric files.
+"""Run folders: how one is started, resumed and finished, its seeds and metric files.
 
 A run directory holds `config.json` (all arguments) and `env.json` (machine, versions, data hashes) before any work,
 `metrics.jsonl` while it runs, `checkpoint-N/` and, once finished, `result.json`.

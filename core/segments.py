@@ -1,4 +1,4 @@
-"""Segment entropies of a trajectory and what each tool call changed in them [2602.02050; PAPERS C1].
+"""Did a tool call lower the model's entropy? Cuts a trajectory at its calls and compares the parts [2602.02050; C1].
 
 Pure functions of a trajectory's spans, masks and stored per-token entropies (nats). A *turn* is what stands between two
 tool results; several calls in one turn count as one call here. With n calls there are n + 1 segments r_0 … r_n.

@@ -1,4 +1,4 @@
-"""Flags of sampling and of the tools: what engines and tool box read, and nothing else of a run."""
+"""Flags of sampling and tools, shared by every script that samples."""
 
 from dataclasses import dataclass
 from typing import Literal

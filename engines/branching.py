@@ -1,4 +1,4 @@
-"""Branching rollouts of ARPO [2507.19849; PAPERS A5]: one question's G trajectories as a tree that grows in sampling.
+"""Samples a question's G answers as a tree that forks after tool results, as ARPO does [2507.19849; PAPERS A5].
 
 1. N0 rollouts start from the prompt.
 2. After each tool result: k = min(20, both lengths) tokens at the start of the new segment and of the trajectory's own

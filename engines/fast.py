@@ -1,4 +1,4 @@
-"""Fast sampler: `complete` of rollout.py on one KV cache that lives across tool turns. Same drafts in, same drafts out.
+"""A faster sampler than `generate`: it keeps its KV cache across tool turns. Same drafts in, same drafts out.
 
 A draft holds a slot (a row of the cache) from its prompt to its end; at most `rollout_batch_size` slots are taken.
 1. Free slots take drafts from the queue. Drafts that start with the same ids share one prefill and copy its rows.

@@ -4,7 +4,8 @@
 2. Keep the sampled ids verbatim (loss_mask 1); run the tool calls of the batch concurrently.
 3. Append each tool's result as ids (loss_mask 0) and go to 1 with the drafts that are not finished.
 
-`engines/fast.py` does the same work on a cache that lives across turns.
+Every turn prefills its whole context again: the readable reference. `engines/fast.py` does the same work on a cache
+that lives across turns.
 """
 
 from collections import deque

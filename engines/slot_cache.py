@@ -1,4 +1,4 @@
-"""Cache and attention of the fast engine: one KV cache of slots, and attention that picks its keys slot by slot.
+"""The fast engine's KV cache, one row for each answer under way, and the attention that reads it.
 
 Why attention is written out here (rounding that no batch changes): docstring of engines/fast.py.
 """

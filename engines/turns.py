@@ -1,9 +1,9 @@
 """What every engine needs besides its own way of sampling: where a turn ends, its noise, and its tool calls.
 
-An engine is one file with `complete(model, tokenizer, drafts, args, toolbox)`: it samples every draft to its end. A turn
-ends at an eos id or at the token that completes a stop tag (`turn_length`). Then `submit_calls` starts the tool calls
-that the turn asks for, `collect_results` appends what came back, and the draft goes on. `engines/openai.py` is the
-shortest example.
+An engine is one file with `complete(model, tokenizer, drafts, args, toolbox)`: it samples every draft to its end. A
+turn ends at an eos id or at the token that completes a stop tag (`turn_length`). Then `submit_calls` starts the tool calls
+that the turn asks for, `collect_results` appends what came back, and the draft goes on. `engines/hf.py` is the example
+to start from.
 """
 
 from concurrent.futures import Executor, Future

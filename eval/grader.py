@@ -1,4 +1,4 @@
-"""Correctness S of a whole trajectory, shared by the rewards of train_rl.py, flywheel.py and eval/evaluate.py."""
+"""Is a trajectory's answer right (S, 0 to 1), and is its response well formed? The same for rewards and evaluation."""
 
 from typing import Literal
 

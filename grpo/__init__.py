@@ -1,1 +1,1 @@
-"""What you change in an ablation of RL: rewards, advantages, the entropy constraint, the update, its metrics."""
+"""Rewards, advantages, the entropy constraint, checks and metrics of one RL step; the update is in train_rl.py."""

@@ -1,4 +1,4 @@
-"""What must hold in every step, verified while training runs (`--check`).
+"""`--check`: what must hold of masks, log-probs and gradients in every step, verified while training runs.
 
 - a group shares its prompt ids, and ids, text and spans of a response describe the same tokens
 - the sampler gave each token the log-probability that training gives it, up to rounding (reported by span kind)

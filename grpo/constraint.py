@@ -1,4 +1,4 @@
-"""AutoTool's entropy constraint [2603.13348; PAPERS B4]: the coefficient β_i of each trajectory's entropy in the loss.
+"""The entropy bonus of the loss: fixed, learned, or AutoTool's by mode [2603.13348; PAPERS B4].
 
 Symbols: B trajectories per optimizer step · H_i mean token entropy of trajectory i in nats · m_i = 1 without thinking ·
 β_s, β_l coefficients and H_s, H_l targets of answers without and with thinking. β_l is learned (`update_beta_long`).

@@ -1,10 +1,11 @@
 """What a step of RL logs to metrics.jsonl, under TRL's names, and the two alarms that a run gives.
 
-`reward`, `reward_std` (mean over groups of the sample std), `rewards/NAME/mean`, `completions/mean_length` (model-written
-tokens), `completions/clipped_ratio` (ran out of tokens or calls), `entropy` (nats per token, full vocabulary, sampling
-temperature), `kl` (k3 to the starting adapter, per token), `clip_ratio/*` (share of model-written tokens whose gradient
-the clip removed), `frac_reward_zero_std`, `tools/call_frequency` (calls per trajectory), `tools/failure_frequency` (share
-of calls), `rollout/tokens_saved` (share of model-written tokens that branching inherited), `think_rate`, `beta_long`.
+`reward`, `reward_std` (mean over groups of the sample std), `rewards/NAME/mean`, `completions/mean_length`
+(model-written tokens), `completions/clipped_ratio` (ran out of tokens or calls), `entropy` (nats per token, full
+vocabulary, sampling temperature), `kl` (k3 to the starting adapter, per token), `clip_ratio/*` (share of model-written
+tokens whose gradient the clip removed), `frac_reward_zero_std`, `tools/call_frequency` (calls per trajectory),
+`tools/failure_frequency` (share of calls), `rollout/tokens_saved` (share of model-written tokens that branching
+inherited), `think_rate`, `beta_long`.
 """
 
 import json

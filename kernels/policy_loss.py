@@ -62,7 +62,7 @@ def policy_terms(
         surrogate = torch.where(advantage < 0, torch.maximum(surrogate, dual_clip * advantage), surrogate)
     active = (log_ratio == bounded) & ~(clipped_low | clipped_high)
     loss = -surrogate
-    g_logp = -advantage * ratio * active
+    g_logp = -advantage * ratio * active  # what trains: autograd does not see `loss`, so change both
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
         drift = ref_logp - logp

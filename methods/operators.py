@@ -1,4 +1,4 @@
-"""The flywheel's four operators: pure functions from a trajectory and a critic's finding to drafts [PAPERS A1].
+"""The four edits that the flywheel makes of a trajectory where a critic has found a fault [PAPERS A1].
 
 A draft keeps the ids of the kept part verbatim, adds the edit tokenised once and is sampled to its end by rollout.py;
 edited model text gets loss_mask 1, an injected hint 0, and `sampled` is False. A new operator is one function and one
