@@ -90,7 +90,7 @@ def equal_rows(rows: dict[str, dict]) -> list[str]:
     alike: dict[str, list[str]] = {}
     for name, row in rows.items():
         alike.setdefault(str(row), []).append(f'"{name}"')
-    said = "have the same numbers throughout: what was trained between them does not show in these samples."
+    said = "have the same numbers throughout: what sets them apart in training does not show in these samples."
     return [line for names in alike.values() if len(names) > 1 for line in (f"{' and '.join(names)} {said}", "")]
 
 
@@ -130,7 +130,7 @@ def curves(path: Path, runs: dict[str, list[Path]]) -> None:
             name, low, size = stage, 0.0, 1.0
             if key == "reward":
                 low, size = min(mean), max(mean) - min(mean) or 1.0
-                name = f"{stage}: {min(mean):.2f} to {max(mean):.2f}"
+                name = f"{stage} (reward {min(mean):.2f} to {max(mean):.2f})"
             for values in series if len(series) > 1 else []:
                 axis.plot(steps, [(v - low) / size for v, _ in zip(values, steps)], f"C{k}", linewidth=0.5, alpha=0.4)
             axis.plot(steps, [(v - low) / size for v in mean], f"C{k}", label=name)

@@ -168,7 +168,7 @@ def notes(cells: Cells, commits: set[str], args: Args) -> list[str]:
     return [
         f"Every run starts from the base model {args.base}; {args.seeds} seed(s), commit {', '.join(sorted(commits))}.",
         f"GRPO takes {steps} steps of 12 questions × 8 trajectories, each round of ET-Agent's curriculum {rounds}. The "
-        "four GRPO runs share questions and their order; the first has ET-Agent's reward with both σ at 0.",
+        "four GRPO runs share questions and their order; for right answers only, both σ of ET-Agent are 0.",
         f"ET-Agent's reward has sigma_tool {sigma} and sigma_length {ET['sigma_length']}, halved from round to round "
         "in the curriculum: one more call pays if it multiplies the probability of a right answer by more than "
         f"e^(sigma_tool/2) = {exp(sigma / 2):.2f}. The entropy rewards are as published (margin 0).",

@@ -140,9 +140,9 @@ def test_rewards_of_different_formulas_share_no_scale(tmp_path, run, monkeypatch
     monkeypatch.setattr(report, "save", lambda figure, path: drawn.append(figure))
     report.curves(tmp_path / "c.png", {"sparse": [run]})
     reward, correct = drawn[0].axes[:2]
-    assert list(reward.lines[0].get_ydata()) == [0, 0.5, 1] and reward.lines[0].get_label() == "sparse: 6.00 to 8.00"
+    assert list(reward.lines[0].get_ydata()) == [0, 0.5, 1]
     assert list(correct.lines[0].get_ydata()) == [0.5, 0.5, 0.5]
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["sparse: 6.00 to 8.00"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["sparse (reward 6.00 to 8.00)"]
 
 
 def test_every_stage_of_the_reproduction_has_a_name_for_readers():
