@@ -191,7 +191,7 @@ CONTROL = re.compile(r"<\|[^|<>\s]{1,64}\|>")  # would become a control token of
 
 
 def model_critic(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, a: Any) -> Critic:
-    """A model answers three prompts: the policy itself, or the one behind `--critic_base_url` (ET-Agent's code: 72B)."""
+    """A model answers three prompts: the policy itself, or the one behind `--critic_base_url` (ET-Agent's: 72B)."""
 
     def ask(prompts: list[str]) -> list[str]:
         answers = ask_endpoint(prompts, a) if a.critic_base_url else ask_policy(prompts, model, tokenizer, a)
