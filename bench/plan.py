@@ -95,7 +95,8 @@ def read_questions(args: Any) -> tuple[int, int, dict[str, Any]]:
     tokenizer = local_tokenizer(args)
     if tokenizer is None:
         return len(questions), args.max_prompt_length, work | {"prompts": "no tokenizer here: not checked"}
-    model = SimpleNamespace(config=read_config(args.model_name_or_path))
+    served = args.engine == "openai"  # then nobody here knows the model's positions
+    model = None if served else SimpleNamespace(config=read_config(args.model_name_or_path))
     longest = check_prompts(questions, tokenizer, args, model)
     prompt = decode(tokenizer, start_draft(questions[0], 0, tokenizer, args, ()).ids)  # and how the response opens
     work |= {"longest prompt, tokens": longest, "a prompt": shortened(prompt)}
@@ -188,8 +189,9 @@ def plan_flywheel(args: Any, on: torch.device) -> Plan:
 
 def plan_warmup(args: Any, on: torch.device) -> Plan:
     """methods.warmup: samples every question in both modes, maybe with two models one after the other."""
-    models = [args.model_name_or_path, args.think_model_name_or_path or args.model_name_or_path]
-    args.model_name_or_path = max(models, key=lambda path: decoder_of(read_config(path)).parameters)
+    if args.think_model_name_or_path and args.engine != "openai":
+        models = args.model_name_or_path, args.think_model_name_or_path
+        args.model_name_or_path = max(models, key=lambda path: decoder_of(read_config(path)).parameters)
     plan = plan_rollout(args, on)
     plan.work["trajectories per question"] = f"{args.num_generations} in each of two modes"
     return plan

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -114,7 +115,9 @@ def parse_args(cls: type[A], argv: list[str] | None = None, trained: TrainedFlag
 def cli(main: Callable[[A], Any], cls: type[A], trained: TrainedFlags | None = None) -> None:
     """Entry point of a script: bad input ends in one line and exit code 2, Ctrl-C in one line and 130."""
     if "--dry_run" in sys.argv:  # another program, which reads the flags as this one would (bench/plan.py)
-        sys.exit(subprocess.call([sys.executable, "-m", "bench.plan", *sys.argv]))
+        root = Path(__file__).resolve().parents[1]
+        words = [sys.executable, "-m", "bench.plan", *sys.argv]
+        sys.exit(subprocess.call(words, env=os.environ | {"PYTHONPATH": str(root)}))
     args = parse_args(cls, trained=trained)
     transformers.utils.logging.disable_progress_bar()  # our own bars show what matters
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -171,7 +171,8 @@ def check_scores(base: PreTrainedModel, path: str) -> None:
     Finds whatever stands between the last hidden state and the softmax (a cap, a scale, a bias, a layer), by any name.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(base.get_input_embeddings().num_embeddings, (1, 16), generator=generator).to(base.device)
+    rows = min(base.get_input_embeddings().num_embeddings, len(head_weight(base)))
+    ids = torch.randint(rows, (1, 16), generator=generator).to(base.device)
     ones = torch.ones_like(ids)
     try:
         scored = token_stats(base, Batch(ids, ones, ones.cumsum(dim=1) > 1))[0][:, 1:]  # (1, 15)

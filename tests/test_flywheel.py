@@ -652,9 +652,9 @@ def test_real_questions_go_through_and_load_for_sft(tmp_path, tiny_model, critic
     result = flywheel.main(args)
     assert result["pool"] >= 8 and set(result["operators"]) == {"sample", "self_correction", "hint_injection"}
     assert flywheel.main(args) == result
-    tokenizer = byte_tokenizer(extra=[f"<{i}>" for i in range(5)])  # the random model also samples its five unused ids
     sft = train_sft.Args(model_name_or_path=str(tiny_model), data="x", output_dir="x")
-    examples = train_sft.load_examples(str(tmp_path / "out" / "pool.jsonl"), tokenizer, sft, len(tokenizer))
+    rows = len(PLAIN) + 5  # of the model's embedding; the random model also samples the five that no token has
+    examples = train_sft.load_examples(str(tmp_path / "out" / "pool.jsonl"), PLAIN, sft, rows)
     assert len(examples) == result["pool"] and (tmp_path / "out" / "rft.jsonl").exists()
     with pytest.raises(DataError, match="--rounds"):
         flywheel.main(replace(args, rounds=2))

@@ -4,6 +4,7 @@ python -m pytest tests/test_plan.py
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -329,8 +330,12 @@ def test_every_script_with_a_model_is_planned(tmp_path, capsys):
     ):
         assert 0 < plan.dry_run(name, cls(**flags)) < 2 * plan.GiB, name
         assert "rollout of 16" in capsys.readouterr().out  # a curriculum trains on 8, but selects by more
-    served = dict(output="o", engine="openai", base_url="http://localhost:1/v1")
-    assert plan.dry_run("rollout", rollout.Args(**model | served)) == 0
+    data = tmp_path / "q.jsonl"
+    data.write_text('{"id": "a", "question": "what ?", "answer": "x"}\n')
+    served = dict(output="o", engine="openai", base_url="http://localhost:1/v1", data=str(data))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):  # all that is needed here then
+        shutil.copy(Path(TINY, file), tmp_path)
+    assert plan.dry_run("rollout", rollout.Args(**served, model_name_or_path=str(tmp_path))) == 0
     assert "needs no memory here" in capsys.readouterr().out
     larger = warmup.Args(**both | dict(output="o", think_model_name_or_path="Qwen/Qwen2.5-0.5B"))
     assert plan.dry_run("methods.warmup", larger) > 0.49e9 * 4
@@ -503,6 +508,6 @@ def test_scripts_without_a_model_say_so(monkeypatch, capsys):
 def test_a_user_asks_the_script_itself(script):
     flags = "--model_name_or_path Qwen/Qwen2.5-7B --data q.jsonl --output_dir x --selector all --dry_run 80".split()
     flags = [f for f in flags if script[0] == "-m" or f not in ("--selector", "all")]
-    command = [sys.executable, *script, *flags, "--load_in_4bit", "--per_device_train_batch_size", "2"]
+    command = [sys.executable, *script, *flags, "--load_in_4bit", "--gradient_checkpointing", "--engine", "fast"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "Qwen/Qwen2.5-7B, bfloat16, Linears in 4-bit NF4" in done.stdout, done.stderr
