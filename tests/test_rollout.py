@@ -515,8 +515,10 @@ def test_generation_config_of_the_model_is_ignored(real):
 
 def test_a_long_prompt_is_refused_before_any_work(real):
     _, tokenizer = real
-    with pytest.raises(DataError, match=r"question 'q'.*--max_prompt_length 20"):
-        check_prompts([question()], tokenizer, RolloutArgs(max_prompt_length=20))
+    longest = check_prompts([question()], tokenizer, RolloutArgs())
+    assert check_prompts([question()], tokenizer, RolloutArgs(max_prompt_length=longest)) == longest
+    with pytest.raises(DataError, match=rf"question 'q'.*has {longest} tokens.*--max_prompt_length {longest - 1}"):
+        check_prompts([question()], tokenizer, RolloutArgs(max_prompt_length=longest - 1))
     small = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=1000))
     check_prompts([question()], tokenizer, RolloutArgs(max_completion_length=400), small)
     with pytest.raises(DataError, match="--max_completion_length 590 are more than the model's 1000 positions"):
