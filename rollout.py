@@ -29,9 +29,9 @@ from core.trajectory import DataError, Question, Trajectory, load_trajectories, 
 from data.questions import load_questions
 from engines import fast, hf, openai
 from engines.args import SamplingArgs, is_url
-from engines.branching import grow, plant
+from engines.branching import complete_groups, start_groups
 from engines.toolbox import ToolBox, check_index, open_tools
-from engines.turns import check_prompts, start_draft
+from engines.turns import check_prompts
 from eval.evaluate import write_metrics
 
 ENGINES = {"hf": hf.complete, "fast": fast.complete, "openai": openai.complete}
@@ -75,35 +75,8 @@ def rollout(
     run: what seeds the sampling besides question and sample, e.g. (seed, step).
     """
     groups = start_groups(questions, tokenizer, args, run)
-    complete_groups(model, tokenizer, groups, args, toolbox, run)
+    complete_groups(complete, model, tokenizer, groups, args, toolbox, run)
     return [to_trajectory(d, tokenizer) for group in groups for d in group]
-
-
-def start_groups(
-    questions: list[Question], tokenizer: PreTrainedTokenizerBase, args: SamplingArgs, run: tuple
-) -> list[list[Draft]]:
-    """The drafts of each question: G of them, or with branching fewer, in a list that grows (engines/branching.py)."""
-    if args.branching == "none":
-        return [[start_draft(q, i, tokenizer, args, run) for i in range(args.num_generations)] for q in questions]
-    return [plant(q, tokenizer, args, run).drafts for q in questions]
-
-
-def complete_groups(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    groups: list[list[Draft]],
-    args: SamplingArgs,
-    toolbox: ToolBox,
-    run: tuple,
-) -> None:
-    """Sample the drafts of all groups, and those that branch off meanwhile, to their end."""
-    drafts = [d for group in groups for d in group]
-    if args.branching == "none":
-        complete(model, tokenizer, drafts, args, toolbox)
-        return
-    trees = [group[0].tree for group in groups if group[0].tree]
-    more = lambda: [d for tree in trees for d in grow(tree, tokenizer, args, run)]  # noqa: E731
-    complete(model, tokenizer, drafts, args, toolbox, more)
 
 
 def complete(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, drafts: list[Draft], args: SamplingArgs, *more):
@@ -210,7 +183,7 @@ def sample(args: Args) -> list[Trajectory]:
             chunk = todo[at : at + per_batch]
             groups = start_groups(chunk, tokenizer, args, (args.seed,))
             try:
-                complete_groups(model, tokenizer, groups, args, toolbox, (args.seed,))
+                complete_groups(complete, model, tokenizer, groups, args, toolbox, (args.seed,))
             finally:  # a server that went away leaves whole groups, which are kept
                 whole = [g for g in groups if len(g) == args.num_generations and all(d.finish for d in g)]
                 group = [to_trajectory(d, tokenizer) for g in whole for d in g]

@@ -284,6 +284,7 @@ def train(args: Args) -> dict:
             # of all processes: token weights and metrics are over the whole step
             parts = [distributed.gather(part) for part in parts]
             everyone = [t for part in parts for t in part]
+            groups = groups_of(everyone)
             constraint = with_targets(constraint, everyone, args)
             stats = []
             for batch, part in [*zip(batches, parts)] * args.num_iterations:  # one optimizer step each
@@ -293,7 +294,6 @@ def train(args: Args) -> dict:
                     constraint = next_entropy_state(constraint, part, args)
 
             # ------------------------------------------------------------------------------------ log, save
-            groups = groups_of(everyone)
             counted = rollout_metrics(groups)
             cut_off = counted["completions/clipped_ratio"]
             limits = (args.max_completion_length, args.max_tool_calling_iterations)

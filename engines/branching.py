@@ -12,9 +12,10 @@ the whole tree at once, in the order of sample indices, when every trajectory ha
 resumed run, grow the same tree.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import log
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from core.conversation import Draft
 from core.run import seed_of
 from core.trajectory import Question
 from engines.args import SamplingArgs
+from engines.toolbox import ToolBox
 from engines.turns import start_draft
 
 OPENING = 20  # most tokens of a segment that are compared
@@ -62,6 +64,34 @@ def plant(question: Question, tokenizer: PreTrainedTokenizerBase, args: Sampling
         draft = tree.add(start_draft(question, i, tokenizer, args, run), [])
         draft.tree = None if first == tree.size else tree
     return tree
+
+
+def start_groups(
+    questions: list[Question], tokenizer: PreTrainedTokenizerBase, args: SamplingArgs, run: tuple
+) -> list[list[Draft]]:
+    """The drafts of each question: G of them, or with branching fewer, in a list that grows."""
+    if args.branching == "none":
+        return [[start_draft(q, i, tokenizer, args, run) for i in range(args.num_generations)] for q in questions]
+    return [plant(q, tokenizer, args, run).drafts for q in questions]
+
+
+def complete_groups(
+    complete: Callable[..., Any],
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: list[list[Draft]],
+    args: SamplingArgs,
+    toolbox: ToolBox,
+    run: tuple,
+) -> None:
+    """Sample the drafts of all groups, and those that branch off meanwhile, to their end; `complete`: the engine's."""
+    drafts = [d for group in groups for d in group]
+    if args.branching == "none":
+        complete(model, tokenizer, drafts, args, toolbox)
+        return
+    trees = [group[0].tree for group in groups if group[0].tree]
+    more = lambda: [d for tree in trees for d in grow(tree, tokenizer, args, run)]  # noqa: E731
+    complete(model, tokenizer, drafts, args, toolbox, more)
 
 
 def note_segment(draft: Draft, entropies: list[float], branching: str) -> Draft | None:

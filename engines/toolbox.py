@@ -39,8 +39,9 @@ def search_tool(args: SamplingArgs) -> Callable[[str], ToolResult]:
     """
     check_index(args.index)
     if is_url(args.index):
-        client = _asked(lambda: SearchClient(args.index, args.search_protocol), args)
-        _asked(lambda: client.search("health check", 1), args)  # it may be up and speak another protocol
+        with named_index(args.index):
+            client = SearchClient(args.index, args.search_protocol)
+            client.search("health check", 1)  # it may be up and speak another protocol
         return partial(search_at_server, client, args)
     index = SearchIndex.load(args.index)
     if args.noise:
@@ -59,15 +60,18 @@ def search_at_server(client: SearchClient, args: SamplingArgs, query: str) -> To
     if client.failed >= FAILED_SEARCHES:
         raise DataError(f"--index {args.index}: {client.failed} searches in a row failed, the last: {result.error}")
     if not result.ok:  # this query's matter, if the server still answers
-        _asked(client.check_health, args)
+        with named_index(args.index):
+            client.check_health()
     return result
 
 
-def _asked(question: Callable[[], Any], args: SamplingArgs) -> Any:
+@contextmanager
+def named_index(index: str) -> Iterator[None]:
+    """Inside: a server's error is a DataError that names `--index`."""
     try:
-        return question()
+        yield
     except SearchError as e:
-        raise DataError(f"--index {args.index}: {e}") from None
+        raise DataError(f"--index {index}: {e}") from None
 
 
 def check_index(index: str) -> None:
