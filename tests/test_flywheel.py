@@ -26,6 +26,7 @@ from tqdm import tqdm
 import flywheel
 import train_sft
 from core import conversation
+from core.model import load_tokenizer
 from core.parse import well_formed
 from core.trajectory import DataError, Question, load_trajectories
 from data.questions import load_questions, question_of
@@ -654,7 +655,7 @@ def test_real_questions_go_through_and_load_for_sft(tmp_path, tiny_model, critic
     assert flywheel.main(args) == result
     sft = train_sft.Args(model_name_or_path=str(tiny_model), data="x", output_dir="x")
     rows = len(PLAIN) + 5  # of the model's embedding; the random model also samples the five that no token has
-    examples = train_sft.load_examples(str(tmp_path / "out" / "pool.jsonl"), PLAIN, sft, rows)
+    examples = train_sft.load_examples(str(tmp_path / "out" / "pool.jsonl"), load_tokenizer(str(tiny_model)), sft, rows)
     assert len(examples) == result["pool"] and (tmp_path / "out" / "rft.jsonl").exists()
     with pytest.raises(DataError, match="--rounds"):
         flywheel.main(replace(args, rounds=2))
@@ -666,11 +667,11 @@ def test_the_rft_set_of_real_questions_loads_for_sft(tmp_path, tiny_model, monke
     flags = dict(model_name_or_path=str(tiny_model), data=str(data), output_dir=str(tmp_path / "out"), critic="entropy")
     args = flywheel.Args(**flags, num_generations=3, rounds=1, max_completion_length=32, threads=1)
     monkeypatch.setattr(flywheel, "open_tools", lambda a: open_none())
-    monkeypatch.setattr(flywheel, "grade", lambda t: (float(sum(t.token_ids) % 2), True))
+    monkeypatch.setattr(flywheel, "grade", lambda t, *_: (float(sum(t.token_ids) % 2), True))
     result = flywheel.main(args)
     sft = train_sft.Args(model_name_or_path=str(tiny_model), data="x", output_dir="x")
     rows = len(PLAIN) + 5  # of the model's embedding; the random model also samples the five that no token has
-    examples = train_sft.load_examples(str(tmp_path / "out" / "rft.jsonl"), PLAIN, sft, rows)
+    examples = train_sft.load_examples(str(tmp_path / "out" / "rft.jsonl"), load_tokenizer(str(tiny_model)), sft, rows)
     assert len(examples) == result["rft"] > 0 and all(any(e.loss_mask) for e in examples)
 
 
