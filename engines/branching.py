@@ -56,10 +56,9 @@ class Tree:
 
 
 def plant(question: Question, tokenizer: PreTrainedTokenizerBase, args: SamplingArgs, run: tuple) -> Tree:
-    """The tree of a question with its initial rollouts: N0 of G with branching (default half of them), else all G."""
-    tree, first = Tree(question, args.num_generations), args.num_generations
-    if args.branching != "none":
-        first = args.initial_rollouts or -(-first // 2)
+    """The tree of a question with its initial rollouts: N0 of G, by default half of them."""
+    tree = Tree(question, args.num_generations)
+    first = args.initial_rollouts or -(-tree.size // 2)
     for i in range(first):
         draft = tree.add(start_draft(question, i, tokenizer, args, run), [])
         draft.tree = None if first == tree.size else tree
